@@ -1,0 +1,1 @@
+"""The training algorithms, one file each, registered by their name in a recipe's ``[algorithm]`` table."""

@@ -1,0 +1,147 @@
+"""What an algorithm is to the engine, the registry of algorithms, and quantizers from recipe tables."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.config import ConfigError, choose, reject_unknown, require
+
+Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# name in a recipe -> module that registers it; a module is imported when its name is asked for
+ALGORITHMS = {
+    "float": "training.algorithms.vanilla",
+    "vanilla": "training.algorithms.vanilla",
+    "dqa": "training.algorithms.dqa",
+    "binary_relax": "training.algorithms.binary_relax",
+}
+_REGISTRY: dict[str, type[Algorithm]] = {}
+
+
+class Algorithm:
+    """Plain training; the hooks that an algorithm overrides, in the order in which the engine calls them.
+
+    An algorithm is constructed from the recipe's ``[algorithm]`` table: its keys are the keyword arguments
+    of ``__init__``, which checks the values and raises `training.config.ConfigError`. All hooks but `loss`
+    get the bare model, also where it is wrapped for several processes. What changes from step to step and is
+    not a parameter or buffer of the model belongs into `state_dict`, so that a resumed run continues bit for
+    bit. Random numbers need no care: the engine seeds them from (seed, step) before each `before_batch` and
+    `after_epoch`.
+    """
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Swap layers for quantized ones (`quantkernels.prepare`); the float model is returned as it is."""
+        return model
+
+    def parameter_groups(self, model: nn.Module, base: dict[str, Any]) -> list[dict[str, Any]]:
+        """Optimizer groups. `base` has the recipe's ``lr`` and ``weight_decay``; a group may differ."""
+        return [{"params": list(model.parameters()), **base}]
+
+    def start(self, model: nn.Module, total_steps: int, steps_per_epoch: int, epochs: int) -> None:
+        """Once, before the first batch, and again in a resumed run, before `load_state_dict`."""
+
+    def before_batch(self, model: nn.Module, step: int) -> None:
+        """Before the forward of each training batch; `step` counts from 0 over the whole training."""
+
+    def loss(
+        self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, criterion: Criterion
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scalar loss with all regularisers, outputs [N, classes]); `model` may be wrapped: call it whole."""
+        outputs = model(inputs)
+        return criterion(outputs.float(), targets), outputs
+
+    def after_epoch(self, model: nn.Module, epoch: int) -> None:
+        """After the last batch of an epoch (counted from 0), before it is evaluated."""
+
+    def finish(self, model: nn.Module) -> None:
+        """After the training and before the final evaluation: hard selection."""
+
+    def metrics(self, model: nn.Module) -> dict[str, Any]:
+        """Plain values (JSON) for the epoch's line in metrics.jsonl, such as the attention of every layer."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only: it is read back without unpickling arbitrary objects."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+
+def register(name: str) -> Callable[[type[Algorithm]], type[Algorithm]]:
+    """Class decorator: make an `Algorithm` known by its name in recipes (listed in `ALGORITHMS`)."""
+
+    def add(cls: type[Algorithm]) -> type[Algorithm]:
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def build_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
+    """The algorithm of a recipe's ``[algorithm]`` table. Raises ConfigError for what it cannot use."""
+    choose(name, ALGORITHMS, "algorithm.name")
+    importlib.import_module(ALGORITHMS[name])
+    return call_with_options(_REGISTRY[name], options, "algorithm")
+
+
+def call_with_options(
+    function: Callable[..., Any], options: Mapping[str, Any], where: str, *args: Any
+) -> Any:
+    """function(*args, **options) after a check of the option names against its keyword arguments."""
+    parameters = list(inspect.signature(function).parameters.values())[len(args) :]
+    reject_unknown(options, [p.name for p in parameters], where)
+    for p in parameters:
+        if p.default is inspect.Parameter.empty and p.name not in options:
+            raise ConfigError(f"the recipe must give {where}.{p.name}")
+    return function(*args, **options)
+
+
+QUANTIZERS = ("MinMax", "SAWB", "PACT", "BWN", "TWN", "Identity")
+
+
+def build_quantizer(table: Mapping[str, Any], where: str = "algorithm.weight") -> nn.Module:
+    """A quantizer of a table such as ``{kind = "MinMax", bits = 2}``.
+
+    `kind` is one of `QUANTIZERS`; the other keys are that class's arguments (bits, axis, ste, alpha, plus).
+    `where` is the table's name in error messages. Raises ConfigError.
+    """
+    import quantkernels
+
+    require(isinstance(table, Mapping), where, 'a table such as {kind = "MinMax", bits = 2}', table)
+    if "kind" not in table:
+        raise ConfigError(f"the recipe must give {where}.kind, one of {', '.join(QUANTIZERS)}")
+    kind = choose(table["kind"], QUANTIZERS, f"{where}.kind")
+    options = {key: value for key, value in table.items() if key != "kind"}
+    bits = options.get("bits", 1)
+    require(type(bits) is int and 1 <= bits <= 8, f"{where}.bits", "an integer from 1 to 8", bits)
+    try:
+        return call_with_options(getattr(quantkernels, kind), options, where)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def skip_option(value: str) -> Any:
+    """The recipe's ``skip`` ("none" or "first_and_last") as the argument of `quantkernels.prepare`."""
+    import quantkernels
+
+    choose(value, ("none", "first_and_last"), "algorithm.skip")
+    return quantkernels.first_and_last if value == "first_and_last" else None
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(parameters of the network, of its quantizers: PACT's alpha, attention logits), each once."""
+    network: list[nn.Parameter] = []
+    quantizers: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        inside = {"weight_quantizer", "activation_quantizer"} & set(name.split("."))
+        (quantizers if inside else network).append(parameter)
+    return network, quantizers
