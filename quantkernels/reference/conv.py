@@ -1,0 +1,76 @@
+"""A convolution on codes. A padded tap contributes nothing at all: every sum runs over valid taps only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .bitplanes import unpack_bitplanes
+from .matmul import activation_codes, epilogue
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """(n, n) of an int n, or the two values of a sequence."""
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return int(height), int(width)
+
+
+def lowbit_conv2d(
+    x: Tensor,
+    x_grid: Tensor,
+    x_kind: int,
+    x_levels: int,
+    planes: Tensor,
+    w_grid: Tensor,
+    w_kind: int,
+    w_levels: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+    clip: float | None = None,
+    out_grid: Tensor | None = None,
+    out_kind: int = 0,
+    out_levels: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x [N, C, H, W], floating or uint8 codes; planes int32 [bits, out_channels, words] -> [N, out_channels,
+    H', W'].
+
+    The rows of `planes` are one output channel of one group in (kh, kw, cin) order. The four sums are float64
+    convolutions of the codes and of ones: integers, exact, and zero on padding because padding adds zeros to
+    each.
+    """
+    kernel = pair(kernel_size)
+    channels = x.shape[1] // groups
+    out_channels = planes.shape[1]
+    rows = unpack_bitplanes(planes, w_kind, kernel[0] * kernel[1] * channels)
+    weight = rows.reshape(out_channels, kernel[0], kernel[1], channels).permute(0, 3, 1, 2).double()
+    codes = activation_codes(x, x_grid, x_kind, x_levels).double()
+    ones = torch.ones_like(codes)
+
+    def convolve(image: Tensor, taps: Tensor) -> Tensor:
+        result = functional.conv2d(image, taps, None, pair(stride), pair(padding), pair(dilation), groups)
+        return result.round()  # whatever algorithm ran, the exact result is an integer below 2^52
+
+    sums = (
+        convolve(codes, weight),
+        convolve(codes, torch.ones_like(weight)),
+        convolve(ones, weight),
+        convolve(ones, torch.ones_like(weight)),
+    )
+    if out_dtype is None:
+        out_dtype = x.dtype if x.is_floating_point() else torch.float32
+    return epilogue(
+        sums, x_grid, w_grid, 1, bias, scale, shift, relu, clip, out_grid, out_kind, out_levels, out_dtype
+    )
