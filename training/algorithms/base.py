@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from training.config import ConfigError, choose, reject_unknown, require
+from training.config import ConfigError, choose, require
+from training.options import call_with_options
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -52,7 +52,7 @@ class Algorithm:
     def loss(
         self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, criterion: Criterion
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scalar loss with all regularisers, outputs [N, classes]); `model` may be wrapped: call it whole."""
+        """(scalar loss with regularisers, outputs [N, classes]); `model` may be wrapped: call it whole."""
         outputs = model(inputs)
         return criterion(outputs.float(), targets), outputs
 
@@ -89,18 +89,6 @@ def build_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
     choose(name, ALGORITHMS, "algorithm.name")
     importlib.import_module(ALGORITHMS[name])
     return call_with_options(_REGISTRY[name], options, "algorithm")
-
-
-def call_with_options(
-    function: Callable[..., Any], options: Mapping[str, Any], where: str, *args: Any
-) -> Any:
-    """function(*args, **options) after a check of the option names against its keyword arguments."""
-    parameters = list(inspect.signature(function).parameters.values())[len(args) :]
-    reject_unknown(options, [p.name for p in parameters], where)
-    for p in parameters:
-        if p.default is inspect.Parameter.empty and p.name not in options:
-            raise ConfigError(f"the recipe must give {where}.{p.name}")
-    return function(*args, **options)
 
 
 QUANTIZERS = ("MinMax", "SAWB", "PACT", "BWN", "TWN", "Identity")

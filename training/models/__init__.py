@@ -1,0 +1,30 @@
+"""Networks of plain `nn.Conv2d` and `nn.Linear` layers, built by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from training.config import choose
+from training.models.mobilenet import mobilenet_v2
+from training.models.resnet import resnet18, resnet20
+from training.models.tiny import tiny_convnet
+from training.options import call_with_options
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "tiny_convnet": tiny_convnet,
+    "resnet20": resnet20,
+    "resnet18": resnet18,
+    "mobilenet_v2": mobilenet_v2,
+}
+
+
+def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options: Any) -> nn.Module:
+    """A freshly initialised network: [N, in_channels, H, W] -> logits [N, num_classes].
+
+    Raises `training.config.ConfigError` for an unknown name (see `MODELS`), option or value of an option.
+    """
+    function = MODELS[choose(name, MODELS, "model.name")]
+    return call_with_options(function, options, "model", num_classes, in_channels)
