@@ -165,6 +165,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class PaperConfig:
+    """``[paper]``: the published figure that the recipe reproduces; reports show it beside ours."""
+
+    table: str = ""  # such as "DQA table 1"
+    accuracy: float = 0.0  # top-1 in percent; 0: none published
+    top5: float = 0.0
+    note: str = ""  # what the paper leaves open and how the recipe reads it
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole recipe."""
 
@@ -174,6 +184,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    paper: PaperConfig = field(default_factory=PaperConfig)
 
     def to_tables(self) -> dict[str, dict[str, Any]]:
         """Back to plain tables, as in the recipe, with every default filled in."""
@@ -249,7 +260,7 @@ def find_recipe(name: str) -> Path:
     """The file of a recipe given as a path, or by its name or the end of its path below training/recipes."""
     if Path(name).is_file():
         return Path(name)
-    known = {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in RECIPES.rglob("*.toml")}
+    known = {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in recipe_files()}
     wanted = name.removesuffix(".toml")
     found = [key for key in known if key == wanted] or [key for key in known if key.endswith("/" + wanted)]
     if len(found) == 1:
@@ -261,13 +272,37 @@ def find_recipe(name: str) -> Path:
     raise ConfigError(f"no recipe {name!r}: neither a file nor a name in `python -m training list`{hint}")
 
 
-def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a recipe (path or name), apply ``table.key=value`` overrides, check it. Raises ConfigError."""
-    path = find_recipe(str(name))
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` on top, table by table; a list replaces a list."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def read_tables(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a recipe on top of those of the file it ``extends`` (a path relative to its own)."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}") from error
+    if "extends" not in tables:
+        return tables
+    base = tables.pop("extends")
+    require(isinstance(base, str), f"extends in {path}", "the path of a recipe", base)
+    target = (path.parent / base).resolve()
+    if not target.is_file():
+        raise ConfigError(f"{path} extends {base!r}, but there is no file {target}")
+    if target in seen:
+        raise ConfigError(f"{path} extends {base!r}, which extends it in turn")
+    return merge(read_tables(target, (*seen, target)), tables)
+
+
+def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a recipe (path or name), apply ``table.key=value`` overrides, check it. Raises ConfigError."""
+    path = find_recipe(str(name))
+    tables = read_tables(path)
     for text in overrides:
         override(tables, text)
     run = tables.setdefault("run", {})
@@ -275,6 +310,11 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
         seed = run.get("seed", 0)
         run["name"] = recipe_name(path) + (f"-seed{seed}" if seed else "")
     return from_tables(tables)
+
+
+def recipe_files() -> list[Path]:
+    """Every recipe in training/recipes; files that begin with an underscore are only there to be extended."""
+    return sorted(path for path in RECIPES.rglob("*.toml") if not path.name.startswith("_"))
 
 
 def recipe_name(path: Path) -> str:
@@ -288,7 +328,7 @@ def recipe_name(path: Path) -> str:
 def list_recipes() -> dict[str, list[tuple[str, str]]]:
     """Folder -> (name, first comment line) of every recipe in training/recipes."""
     groups: dict[str, list[tuple[str, str]]] = {}
-    for path in sorted(RECIPES.rglob("*.toml")):
+    for path in recipe_files():
         lines = path.read_text(encoding="utf-8").splitlines()
         comment = next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")
         groups.setdefault(path.parent.relative_to(RECIPES).as_posix(), []).append((path.stem, comment))

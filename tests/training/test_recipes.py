@@ -1,0 +1,71 @@
+"""Every recipe is valid, and its network and algorithm can be built; files that extend others."""
+
+import pytest
+
+from training import config
+from training.config import ConfigError
+
+RECIPES = [config.recipe_name(path) for path in config.recipe_files()]
+CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100, "folder": 1000}
+CHANNELS = {"digits": 1, "mnist": 1}
+
+
+def test_every_row_of_the_dqa_tables_has_a_recipe():
+    rows = [config.load(name).paper.table for name in RECIPES if name.startswith("dqa/")]
+    assert {table: rows.count(table) for table in sorted(set(rows))} == {
+        "DQA table 1": 28,
+        "DQA table 2": 13,
+        "DQA table 3": 8,
+        "DQA table 4": 4,
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_valid(name):
+    recipe = config.load(name)
+    assert recipe.run.name == name
+    assert recipe.data.name in CLASSES
+    if name.startswith("dqa/"):
+        assert 0 < recipe.paper.accuracy < 100
+        assert recipe.run.epochs == (90 if "imagenet" in name else 300)
+        assert recipe.data.batch_size == (256 if "imagenet" in name else 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "penalty"),
+    [
+        ("dqa/table1/cifar10-resnet18-minmax-dqa", 5),
+        ("dqa/table1/cifar10-resnet18-sawb-dqa", 1),
+        ("dqa/table1/cifar100-resnet18-bwn-dqa", 30),
+        ("dqa/table1/cifar100-resnet18-twn-dqa", 20),
+        ("dqa/table2/cifar100-resnet18-pact-sawb-dqa", 5),
+        ("dqa/table3/imagenet-resnet18-bwn-dqa", 10),
+        ("dqa/table4/imagenet-resnet18-minmax-dqa", 0.5),
+    ],
+)
+def test_lambda_is_the_one_of_the_paper(name, penalty):
+    assert config.load(name).algorithm.options["penalty"] == penalty
+
+
+def test_a_recipe_extends_another(tmp_path):
+    (tmp_path / "base.toml").write_text(
+        '[model]\nname = "a"\n[data]\nname = "digits"\n[run]\nepochs = 3\nseed = 1\n'
+    )
+    (tmp_path / "leaf.toml").write_text('extends = "base.toml"\n[run]\nepochs = 5\n')
+    recipe = config.load(tmp_path / "leaf.toml", ["run.seed=2"])
+    assert (recipe.model.name, recipe.run.epochs, recipe.run.seed) == ("a", 5, 2)
+    assert recipe.run.name == "leaf-seed2"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "missing.toml"', "there is no file"),
+        ('extends = "leaf.toml"', "extends it in turn"),
+        ("extends = 3", "must be the path of a recipe, got 3"),
+    ],
+)
+def test_a_wrong_extends_is_one_clear_error(tmp_path, text, message):
+    (tmp_path / "leaf.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        config.load(tmp_path / "leaf.toml")
