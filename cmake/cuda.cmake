@@ -1,0 +1,12 @@
+# The CUDA library: built whenever nvcc is there, whether or not this machine has a GPU.
+set(QK_CUDA_BUILT "")
+set(QK_CUDA_REASON "left out (QK_CUDA=0)")
+if(NOT QK_CUDA STREQUAL "0")
+  find_program(QK_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
+  if(NOT QK_NVCC)
+    set(QK_CUDA_REASON "left out, no nvcc found (install the CUDA toolkit or set CUDA_HOME)")
+    if(QK_CUDA STREQUAL "1")
+      message(FATAL_ERROR "quantkernels: QK_CUDA=1, but nvcc was not found. Install the CUDA toolkit or set CUDA_HOME.")
+    endif()
+  endif()
+endif()

@@ -1,0 +1,9 @@
+#pragma once
+#include "core/args.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+
+void fake_quantize_forward(const FakeQuantizeArgs& args);
+void fake_quantize_backward(const FakeQuantizeArgs& args);
+
+}  // namespace qk::cpu::QK_CPU_ISA

@@ -1,0 +1,11 @@
+#pragma once
+// Which instruction set's kernels run: the best this processor has, or a lower one named by QK_CPU_ISA.
+
+namespace qk::cpu {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+Isa chosen_isa();
+const char* name_of(Isa isa);
+
+}  // namespace qk::cpu

@@ -1,0 +1,16 @@
+#pragma once
+// The CPU backend as csrc/ops sees it: one table of kernels, chosen once by what the processor can do.
+
+#include "core/args.h"
+
+namespace qk::cpu {
+
+struct Kernels {
+  void (*fake_quantize_forward)(const FakeQuantizeArgs&);
+  void (*fake_quantize_backward)(const FakeQuantizeArgs&);
+};
+
+// Those of chosen_isa() (cpu/isa.h).
+const Kernels& kernels();
+
+}  // namespace qk::cpu

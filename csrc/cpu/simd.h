@@ -1,0 +1,286 @@
+#pragma once
+// One vector type, three instruction sets. Each family is compiled once per ISA with QK_CPU_ISA naming the namespace:
+// avx512 (16 lanes), avx2 (8 lanes) or portable (8 lanes of plain C++, which the compiler vectorises as it can).
+//
+// max(a, b) and min(a, b) return b when either is NaN, as the x86 instructions do: write clamp(v) as min(hi, max(lo, v))
+// and NaN passes.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/args.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace qk::cpu::QK_CPU_ISA {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+
+inline constexpr int kLanes = 16;
+struct Vec {
+  __m512 v;
+};
+using Mask = __mmask16;
+
+inline Vec splat(float a) { return {_mm512_set1_ps(a)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// For reductions only: fused, hence never in an element-wise result.
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline Mask less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
+inline Mask both(Mask a, Mask b) { return a & b; }
+inline Mask either(Mask a, Mask b) { return a | b; }
+inline Vec keep(Mask m, Vec a) { return {_mm512_maskz_mov_ps(m, a.v)}; }  // a where m, else 0
+inline Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline Vec from_bfloat16(__m256i b) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))}; }
+inline Vec load(const BFloat16* p) { return from_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+inline Vec load(const Half* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
+inline Vec load(const BFloat16* p, int n) { return from_bfloat16(_mm256_maskz_loadu_epi16(first(n), p)); }
+
+inline __m256i to_half(Vec a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// Not vcvtneps2bf16: that instruction flushes subnormals.
+inline __m256i to_bfloat16(Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+}
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(Half* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(a)); }
+inline void store(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(a)); }
+inline void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+inline void store(Half* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), to_half(a)); }
+inline void store(BFloat16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bfloat16(a)); }
+// Codes 0..255, whole numbers; NaN becomes 0.
+inline void store_codes(uint8_t* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(keep(less_equal(a, a), a).v)));
+}
+inline void store_codes(uint8_t* p, Vec a, int n) {
+  _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(keep(less_equal(a, a), a).v)));
+}
+
+#elif defined(__AVX2__)
+
+inline constexpr int kLanes = 8;
+struct Vec {
+  __m256 v;
+};
+using Mask = __m256;
+
+inline Vec splat(float a) { return {_mm256_set1_ps(a)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Mask less(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
+inline Mask less_equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ); }
+inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+inline Vec keep(Mask m, Vec a) { return {_mm256_and_ps(m, a.v)}; }
+inline Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Vec load(const BFloat16* p) {
+  return {_mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
+}
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store(Half* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store(BFloat16* p, Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline void store_codes(uint8_t* p, Vec a) {
+  alignas(32) int32_t codes[kLanes];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(codes), _mm256_cvtps_epi32(keep(less_equal(a, a), a).v));
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(codes[i]);
+}
+
+#else  // portable
+
+inline constexpr int kLanes = 8;
+struct Vec {
+  float v[kLanes];
+};
+struct Mask {
+  uint32_t v[kLanes];  // all ones or all zeros
+};
+
+template <class F>
+inline Vec map(F f) {
+  Vec r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = f(i);
+  return r;
+}
+template <class F>
+inline Mask map_mask(F f) {
+  Mask r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = f(i) ? ~0u : 0u;
+  return r;
+}
+inline Vec splat(float a) { return map([&](int) { return a; }); }
+inline Vec operator+(Vec a, Vec b) { return map([&](int i) { return a.v[i] + b.v[i]; }); }
+inline Vec operator-(Vec a, Vec b) { return map([&](int i) { return a.v[i] - b.v[i]; }); }
+inline Vec operator*(Vec a, Vec b) { return map([&](int i) { return a.v[i] * b.v[i]; }); }
+inline Vec max(Vec a, Vec b) { return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline Vec min(Vec a, Vec b) { return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+inline Vec abs(Vec a) { return map([&](int i) { return std::fabs(a.v[i]); }); }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+inline Mask less(Vec a, Vec b) { return map_mask([&](int i) { return a.v[i] < b.v[i]; }); }
+inline Mask less_equal(Vec a, Vec b) { return map_mask([&](int i) { return a.v[i] <= b.v[i]; }); }
+inline Mask both(Mask a, Mask b) { return map_mask([&](int i) { return (a.v[i] & b.v[i]) != 0; }); }
+inline Mask either(Mask a, Mask b) { return map_mask([&](int i) { return (a.v[i] | b.v[i]) != 0; }); }
+inline Vec keep(Mask m, Vec a) { return map([&](int i) { return m.v[i] ? a.v[i] : 0.0f; }); }
+inline Vec select(Mask m, Vec a, Vec b) { return map([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; }); }
+
+inline float as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+inline uint32_t as_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+inline float to_float(float a) { return a; }
+inline float to_float(BFloat16 a) { return as_float(static_cast<uint32_t>(a.bits) << 16); }
+inline float to_float(Half a) {
+  const uint32_t sign = static_cast<uint32_t>(a.bits & 0x8000u) << 16;
+  const uint32_t magnitude = a.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Subnormal halves are exact multiples of 2^-24.
+  if (magnitude < 0x400u) return as_float(sign | as_bits(static_cast<float>(magnitude) * 0x1p-24f));
+  return as_float(sign | ((magnitude << 13) + (112u << 23)));
+}
+inline void from_float(float a, float* p) { *p = a; }
+inline void from_float(float a, BFloat16* p) {
+  const uint32_t bits = as_bits(a);
+  p->bits = static_cast<uint16_t>(a != a ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void from_float(float a, Half* p) {
+  const uint32_t sign = (as_bits(a) >> 16) & 0x8000u;
+  const float magnitude = std::fabs(a);
+  uint32_t half;
+  if (a != a) {
+    half = 0x7e00u;
+  } else if (magnitude >= 65520.0f) {
+    half = 0x7c00u;
+  } else if (magnitude < 0x1p-14f) {
+    half = static_cast<uint32_t>(round_to_even(magnitude * 0x1p24f));
+  } else {
+    const uint32_t bits = as_bits(magnitude);
+    half = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(sign | half);
+}
+template <class T>
+inline Vec load(const T* p) {
+  return map([&](int i) { return to_float(p[i]); });
+}
+template <class T>
+inline void store(T* p, Vec a) {
+  for (int i = 0; i < kLanes; ++i) from_float(a.v[i], p + i);
+}
+inline void store_codes(uint8_t* p, Vec a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = a.v[i] == a.v[i] ? static_cast<uint8_t>(a.v[i]) : 0;
+}
+
+#endif
+
+#if !defined(__AVX512F__)
+// Partial vectors go through a full one on the stack: only the ends of rows pay.
+template <class T>
+inline Vec load(const T* p, int n) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+inline void store(T* p, Vec a, int n) {
+  T buffer[kLanes];
+  store(buffer, a);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+inline void store_codes(uint8_t* p, Vec a, int n) {
+  uint8_t buffer[kLanes];
+  store_codes(buffer, a);
+  std::memcpy(p, buffer, n);
+}
+#endif
+
+inline float lane_sum(Vec a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  // A tree, the same for every ISA of equal width.
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+inline float lane_min(Vec a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  float r = lanes[0];
+  for (int i = 1; i < kLanes; ++i) r = lanes[i] < r || lanes[i] != lanes[i] ? lanes[i] : r;
+  return r;
+}
+inline float lane_max(Vec a) {
+  float lanes[kLanes];
+  store(lanes, a);
+  float r = lanes[0];
+  for (int i = 1; i < kLanes; ++i) r = lanes[i] > r || lanes[i] != lanes[i] ? lanes[i] : r;
+  return r;
+}
+
+inline Vec round_to_even(Vec v) {
+  const Vec magic = splat(kRoundingMagic);
+  return (v + magic) - magic;
+}
+inline Vec clamp_code(Vec v, Vec levels) { return min(levels, max(splat(0.0f), v)); }
+
+// Calls f(T*) with the element type that dtype names.
+template <class F>
+inline void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(static_cast<float*>(nullptr));
+    case DType::kFloat16: return f(static_cast<Half*>(nullptr));
+    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::kUInt8: return;  // the checks of csrc/ops let no integer tensor come here
+  }
+}
+
+}  // namespace qk::cpu::QK_CPU_ISA

@@ -1,0 +1,14 @@
+// This instruction set's kernels, for csrc/cpu/dispatch.cpp to choose from.
+
+#include "cpu/fake_quantize.h"
+#include "cpu/kernels.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+
+extern const Kernels kKernels;
+const Kernels kKernels = {
+    .fake_quantize_forward = fake_quantize_forward,
+    .fake_quantize_backward = fake_quantize_backward,
+};
+
+}  // namespace qk::cpu::QK_CPU_ISA

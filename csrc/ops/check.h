@@ -1,0 +1,68 @@
+#pragma once
+// One form for every complaint: "op: argument must be ..., got ...".
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <sstream>
+#include <string>
+
+namespace qk::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+std::string text_of(const T& value) {
+  std::ostringstream out;
+  out << value;
+  return out.str();
+}
+inline std::string text_of(ScalarType type) { return torch::headeronly::toString(type); }
+inline std::string shape_of(const Tensor& t) {
+  std::string out = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) out += (d ? ", " : "") + std::to_string(t.size(d));
+  return out + "]";
+}
+
+template <class Got>
+void check(bool ok, const char* op, const char* argument, const std::string& expected, const Got& got) {
+  STD_TORCH_CHECK(ok, op, ": ", argument, " must be ", expected, ", got ", text_of(got));
+}
+
+inline void check_float(const char* op, const char* argument, const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op, argument,
+        "float32, float16 or bfloat16", type);
+}
+
+inline void check_type(const char* op, const char* argument, const Tensor& t, ScalarType type) {
+  check(t.scalar_type() == type, op, argument, text_of(type), t.scalar_type());
+}
+
+inline void check_shape(const char* op, const char* argument, const Tensor& t, std::initializer_list<int64_t> shape) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t d = 0;
+  std::string expected = "[";
+  for (const int64_t size : shape) {
+    same = same && t.size(d) == size;
+    expected += (d++ ? ", " : "") + std::to_string(size);
+  }
+  check(same, op, argument, "of shape " + expected + "]", shape_of(t));
+}
+
+inline void check_same_device(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.device() == x.device(), op, ": ", argument, " must be on the device of x, got another one");
+}
+
+// float32 parameters of a kernel: on x's device, of the shape given, made contiguous if they are not.
+inline Tensor parameters(const char* op, const char* argument, const Tensor& t, const Tensor& x,
+                         std::initializer_list<int64_t> shape) {
+  check_type(op, argument, t, ScalarType::Float);
+  check_shape(op, argument, t, shape);
+  check_same_device(op, argument, t, x);
+  return torch::stable::contiguous(t);
+}
+
+}  // namespace qk::ops

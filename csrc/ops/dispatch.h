@@ -1,0 +1,81 @@
+#pragma once
+// From tensors to what kernels take: dtype, and the [outer, channels, inner] view of any dense tensor.
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "core/args.h"
+#include "ops/check.h"
+
+namespace qk::ops {
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Byte: return DType::kUInt8;
+    default: return DType::kFloat32;
+  }
+}
+
+// Dimensions from the slowest to the fastest in memory; those of size 1 do not matter.
+inline std::vector<int64_t> memory_order(const Tensor& t) {
+  std::vector<int64_t> order(t.dim());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  return order;
+}
+
+// Some permutation of the dimensions is contiguous: contiguous and channels_last tensors, and their transposes.
+inline bool is_dense(const Tensor& t) {
+  int64_t expected = 1;
+  const std::vector<int64_t> order = memory_order(t);
+  for (auto d = order.rbegin(); d != order.rend(); ++d) {
+    if (t.size(*d) == 1) continue;
+    if (t.stride(*d) != expected) return false;
+    expected *= t.size(*d);
+  }
+  return true;
+}
+
+// The one knowing copy: a tensor with gaps or overlaps becomes contiguous.
+inline Tensor dense(const Tensor& t) { return t.numel() == 0 || is_dense(t) ? t : torch::stable::contiguous(t); }
+
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// t with the strides of `like`, copied only if they differ.
+inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
+  if (same_layout(t, like)) return t;
+  Tensor copy = torch::stable::empty_like(like);
+  return torch::stable::copy_(copy, t);
+}
+
+inline int64_t axis_of(const char* op, const Tensor& x, int64_t axis) {
+  const int64_t dim = x.dim();
+  check(axis >= -dim && axis < dim, op, "axis",
+        "None or in [" + std::to_string(-dim) + ", " + std::to_string(dim - 1) + "] for x of shape " + shape_of(x), axis);
+  return axis < 0 ? axis + dim : axis;
+}
+
+inline Layout layout_of(const char* op, const Tensor& x, std::optional<int64_t> axis) {
+  if (!axis) return {1, 1, x.numel()};
+  const int64_t channel = axis_of(op, x, *axis);
+  Layout layout{1, x.size(channel), 1};
+  bool outside = true;
+  for (const int64_t d : memory_order(x)) {
+    if (d == channel) {
+      outside = false;
+    } else {
+      (outside ? layout.outer : layout.inner) *= x.size(d);
+    }
+  }
+  return layout;
+}
+
+}  // namespace qk::ops

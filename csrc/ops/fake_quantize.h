@@ -1,0 +1,80 @@
+#pragma once
+// fake_quantize: checks and allocation, the same for every backend.
+
+#include <tuple>
+
+#include "ops/dispatch.h"
+
+namespace qk::ops {
+
+inline Kind check_kind(const char* op, const char* argument, int64_t kind, Kind last) {
+  check(kind >= 0 && kind <= static_cast<int64_t>(last), op, argument,
+        "0 (uniform), 1 (binary)" + std::string(last >= Kind::kTernary ? ", 2 (ternary)" : "") +
+            (last >= Kind::kIdentity ? ", 3 (identity)" : ""),
+        kind);
+  return static_cast<Kind>(kind);
+}
+
+inline int64_t check_levels(const char* op, const char* argument, Kind kind, int64_t levels) {
+  if (kind == Kind::kBinary) check(levels == 1, op, argument, "1 for a binary quantizer", levels);
+  if (kind == Kind::kTernary) check(levels == 2, op, argument, "2 for a ternary quantizer", levels);
+  if (kind == Kind::kUniform)
+    check(levels >= 1 && levels <= kMaxLevels && (levels & (levels + 1)) == 0, op, argument,
+          "2^n - 1 with n from 1 to 8 for a uniform quantizer", levels);
+  return levels;
+}
+
+inline Ste check_ste(const char* op, const char* argument, Kind kind, int64_t ste) {
+  check(ste >= 0 && ste <= 2, op, argument, "0 (identity), 1 (clip) or 2 (full)", ste);
+  if (kind != Kind::kUniform) check(ste == 0, op, argument, "0 (identity) for a quantizer that is not uniform", ste);
+  return static_cast<Ste>(ste);
+}
+
+inline FakeQuantizeArgs fake_quantize_args(const char* op, const Tensor& x, const Tensor& grid, int64_t kind, int64_t levels,
+                                           int64_t ste, std::optional<int64_t> axis) {
+  FakeQuantizeArgs args{};
+  args.layout = layout_of(op, x, axis);
+  args.dtype = dtype_of(x);
+  args.kind = check_kind(op, "kind", kind, Kind::kTernary);
+  args.levels = check_levels(op, "levels", args.kind, levels);
+  args.ste = check_ste(op, "ste", args.kind, ste);
+  args.grid = static_cast<const float*>(grid.const_data_ptr());
+  args.x = x.const_data_ptr();
+  return args;
+}
+
+template <class Backend>
+Tensor fake_quantize(const Tensor& x_in, const Tensor& grid_in, int64_t kind, int64_t levels, int64_t ste,
+                     std::optional<int64_t> axis) {
+  constexpr const char* op = "fake_quantize";
+  check_float(op, "x", x_in);
+  const Tensor x = dense(x_in);
+  const Tensor grid = parameters(op, "grid", grid_in, x, {layout_of(op, x, axis).channels, kGridColumns});
+  FakeQuantizeArgs args = fake_quantize_args(op, x, grid, kind, levels, ste, axis);
+  Tensor out = torch::stable::empty_like(x);
+  args.out = out.mutable_data_ptr();
+  if (x.numel() > 0) Backend::fake_quantize_forward(args);
+  return out;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& grid_in, int64_t kind,
+                                                  int64_t levels, int64_t ste, std::optional<int64_t> axis) {
+  constexpr const char* op = "fake_quantize_backward";
+  check_float(op, "x", x_in);
+  check_type(op, "grad", grad_in, x_in.scalar_type());
+  check(shape_of(grad_in) == shape_of(x_in), op, "grad", "of x's shape " + shape_of(x_in), shape_of(grad_in));
+  const Tensor x = dense(x_in);
+  const Tensor grad = in_layout_of(grad_in, x);
+  const Tensor grid = parameters(op, "grid", grid_in, x, {layout_of(op, x, axis).channels, kGridColumns});
+  FakeQuantizeArgs args = fake_quantize_args(op, x, grid, kind, levels, ste, axis);
+  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor sums = torch::stable::new_zeros(grid, {args.layout.channels, 3});
+  args.grad = grad.const_data_ptr();
+  args.out = grad_x.mutable_data_ptr();
+  args.sums = static_cast<float*>(sums.mutable_data_ptr());
+  if (x.numel() > 0) Backend::fake_quantize_backward(args);
+  return {grad_x, sums};
+}
+
+}  // namespace qk::ops

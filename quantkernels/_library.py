@@ -1,0 +1,54 @@
+"""Loads the native libraries and says what is in them."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIB = Path(__file__).parent / "_lib"
+_REBUILD = "rebuild with: pip install --no-build-isolation ."
+
+
+def _load() -> tuple[bool, str]:
+    """Register the native ops with torch. Returns whether the CUDA library was loaded, and why if not."""
+    cpu = _LIB / "quantkernels_cpu.so"
+    if not cpu.exists():
+        raise ImportError(f"quantkernels: the native CPU library {cpu} is missing; {_REBUILD}")
+    torch.ops.load_library(str(cpu))
+    cuda = _LIB / "quantkernels_cuda.so"
+    if not cuda.exists():
+        return False, "not built"
+    if torch.version.cuda is None:
+        return False, "built, not loaded: this torch has no CUDA"
+    torch.ops.load_library(str(cuda))
+    return True, "loaded"
+
+
+CUDA_LOADED, _CUDA_STATE = _load()
+
+from ._lib import _host  # type: ignore[attr-defined]  # noqa: E402
+
+
+def build_info() -> dict[str, Any]:
+    """What was built, and what of it runs here.
+
+    Returns a dict of plain values: ``version``, ``torch`` (the one running), ``torch_target`` (the oldest one served),
+    ``compiler``, ``cpu_isa`` (``"avx512"``, ``"avx2"`` or ``"portable"``; the environment variable QK_CPU_ISA asks for a
+    lower one), ``cuda`` (state of the CUDA library in words), ``cuda_archs`` (its targets), ``cuda_build`` (what the build
+    decided), ``python`` and ``machine``.
+    """
+    return {
+        "version": _host.version,
+        "torch": torch.__version__,
+        "torch_target": _host.torch_target,
+        "compiler": _host.compiler,
+        "cpu_isa": _host.cpu_isa(),
+        "cuda": _CUDA_STATE,
+        "cuda_archs": [a for a in _host.cuda_archs.split(",") if a],
+        "cuda_build": _host.cuda_reason,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }

@@ -1,0 +1,82 @@
+"""Which backend an op runs on, and the one sentence that says why it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .. import _library
+
+# "native" is the kernels compiled for the tensor's device: csrc/cpu or csrc/cuda. The others have a namespace of their own
+# with the same schemas, so that one program can hold all of them against each other.
+NAMESPACES = {"native": "quantkernels", "triton": "quantkernels_triton"}
+
+_current = "native"
+
+
+def _require(name: str) -> None:
+    if name not in NAMESPACES:
+        raise ValueError(f"quantkernels.backend: name must be one of {', '.join(NAMESPACES)}, got {name!r}")
+    if name == "triton":
+        try:
+            importlib.import_module("quantkernels.triton")
+        except ImportError as error:
+            raise RuntimeError(f"quantkernels.backend: the triton backend needs the package triton: {error}") from error
+
+
+class _Choice(contextlib.AbstractContextManager[str]):
+    """The choice is made at once; leaving a ``with`` block takes it back."""
+
+    def __init__(self, name: str) -> None:
+        global _current
+        self._name, self._before, _current = name, _current, name
+
+    def __enter__(self) -> str:
+        return self._name
+
+    def __exit__(self, *exc: object) -> None:
+        global _current
+        _current = self._before
+
+
+def backend(name: str | None = None) -> Any:
+    """Tell or choose the backend of all ops.
+
+    Without an argument returns the current name. With ``"native"`` (kernels compiled for the tensor's device) or
+    ``"triton"`` chooses it from now on; as a context manager, for the block alone::
+
+        with quantkernels.backend("triton"):
+            q = quantizer(x)
+
+    Raises ValueError for an unknown name and RuntimeError for a backend that cannot run here.
+    """
+    if name is None:
+        return _current
+    _require(name)
+    return _Choice(name)
+
+
+def backends() -> Iterator[str]:
+    """Names of the namespaces' backends."""
+    return iter(NAMESPACES)
+
+
+def call(op: str, *args: Any) -> Any:
+    """Run op of the current backend's namespace; a kernel that is not there is one clear sentence."""
+    overload = getattr(getattr(torch.ops, NAMESPACES[_current]), op).default
+    try:
+        return overload(*args)
+    except NotImplementedError as error:
+        if f"::{op}" not in str(error):
+            raise
+        device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "this")
+        info = _library.build_info()
+        raise NotImplementedError(
+            f"quantkernels.{op}: the {_current} backend has no kernel for {device} tensors here (CPU kernels: "
+            f"{info['cpu_isa']}; CUDA library: {info['cuda']}, {info['cuda_build']}); rebuild with "
+            "QK_CUDA=1 pip install --no-build-isolation ."
+        ) from error

@@ -1,0 +1,95 @@
+"""Uniform, binary and ternary fake quantization of one tensor."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._dispatch import call
+from ._register import OpRules, rules
+
+
+class Kind(IntEnum):
+    """How a value becomes a code (``csrc/core/quantizer.h``)."""
+
+    UNIFORM = 0
+    BINARY = 1
+    TERNARY = 2
+    IDENTITY = 3
+
+
+class Ste(IntEnum):
+    """What the straight-through estimator lets pass."""
+
+    IDENTITY = 0
+    CLIP = 1
+    FULL = 2
+
+
+def fake_quantize(
+    x: Tensor, grid: Tensor, kind: int, levels: int, ste: int = Ste.IDENTITY, axis: int | None = None
+) -> Tensor:
+    """Quantize and dequantize: ``q = offset + step * code(x)``.
+
+    Args:
+        x: any shape and memory layout; float32, float16 or bfloat16.
+        grid: float32 [C, 3], a row (offset, step, threshold) a channel; C = ``x.size(axis)``, or 1 if ``axis`` is None.
+        kind: a :class:`Kind` other than IDENTITY. UNIFORM: ``code = round((x - offset) / step)``, ties to even, clamped to
+            [0, levels]. BINARY: ``x >= 0``. TERNARY: ``(x > -threshold) + (x > threshold)``.
+        levels: the highest code: 2^n - 1 for UNIFORM with n from 1 to 8, 1 for BINARY, 2 for TERNARY.
+        ste: a :class:`Ste`; CLIP and FULL are for UNIFORM. IDENTITY passes the gradient of x and gives none to the grid; CLIP
+            passes it inside the range, and the ends of the range learn (PACT); FULL also gives the step the gradient of the
+            rounding error inside (PACT+, LSQ).
+        axis: the channel dimension, or None for one grid for the whole tensor.
+
+    Returns:
+        Tensor like ``x``, in the dtype of ``x``; arithmetic is float32 with one rounding at the end.
+
+    Raises:
+        RuntimeError: naming the argument, what it must be and what it was.
+    """
+    return call("fake_quantize", x, grid, kind, levels, ste, axis)
+
+
+def grid_gradient(sums: Tensor, levels: int, ste: int) -> Tensor:
+    """Gradient of the grid from the sums (below, above, inside) of a channel; ``sums`` [..., 3] gives [..., 3].
+
+    Below the range q = offset, above it q = offset + levels * step, and inside dq/dstep = code - (x - offset) / step.
+    """
+    below, above, inside = sums.unbind(-1)
+    step = above * levels + inside if ste == Ste.FULL else above * levels
+    return torch.stack((below + above, step, torch.zeros_like(below)), -1)
+
+
+def _fake(x: Tensor, grid: Tensor, kind: int, levels: int, ste: int, axis: int | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, grid: Tensor, kind: int, levels: int, ste: int, axis: int | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), grid.new_empty(grid.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, grid, kind, levels, ste, axis = inputs
+    if ste != Ste.IDENTITY:
+        ctx.save_for_backward(x, grid)
+    ctx.options = kind, levels, ste, axis
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    kind, levels, ste, axis = ctx.options
+    if ste == Ste.IDENTITY:
+        return grad, None, None, None, None, None
+    x, grid = ctx.saved_tensors
+    grad_x, sums = call("fake_quantize_backward", grad, x, grid, kind, levels, ste, axis)
+    grad_grid = grid_gradient(sums, levels, ste) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_grid, None, None, None, None
+
+
+rules("fake_quantize", OpRules(_fake, _backward, _setup_context))
+rules("fake_quantize_backward", OpRules(_fake_backward))
