@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .bitplanes import unpack_bitplanes
-from .matmul import activation_codes, epilogue
+from .matmul import INF, activation_codes, epilogue
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -18,6 +18,15 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
         return value, value
     height, width = value
     return int(height), int(width)
+
+
+def four_sides(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of an int, of (vertical, horizontal), or of the four themselves."""
+    if isinstance(padding, int) or len(padding) == 2:
+        vertical, horizontal = pair(padding)
+        return vertical, vertical, horizontal, horizontal
+    top, bottom, left, right = padding
+    return top, bottom, left, right
 
 
 def lowbit_conv2d(
@@ -37,8 +46,8 @@ def lowbit_conv2d(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-    relu: bool = False,
-    clip: float | None = None,
+    lower: float = -INF,
+    upper: float = INF,
     out_grid: Tensor | None = None,
     out_kind: int = 0,
     out_levels: int = 0,
@@ -47,9 +56,9 @@ def lowbit_conv2d(
     """x [N, C, H, W], floating or uint8 codes; planes int32 [bits, out_channels, words] -> [N, out_channels,
     H', W'].
 
-    The rows of `planes` are one output channel of one group in (kh, kw, cin) order. The four sums are float64
-    convolutions of the codes and of ones: integers, exact, and zero on padding because padding adds zeros to
-    each.
+    padding is one number, (vertical, horizontal) or (top, bottom, left, right). The rows of `planes` are one
+    output channel of one group in (kh, kw, cin) order. The four sums are float64 convolutions of the codes
+    and of ones: integers, exact, and zero on padding because padding adds zeros to each.
     """
     kernel = pair(kernel_size)
     channels = x.shape[1] // groups
@@ -59,8 +68,11 @@ def lowbit_conv2d(
     codes = activation_codes(x, x_grid, x_kind, x_levels).double()
     ones = torch.ones_like(codes)
 
+    top, bottom, left, right = four_sides(padding)
+
     def convolve(image: Tensor, taps: Tensor) -> Tensor:
-        result = functional.conv2d(image, taps, None, pair(stride), pair(padding), pair(dilation), groups)
+        padded = functional.pad(image, (left, right, top, bottom))
+        result = functional.conv2d(padded, taps, None, pair(stride), 0, pair(dilation), groups)
         return result.round()  # whatever algorithm ran, the exact result is an integer below 2^52
 
     sums = (
@@ -72,5 +84,5 @@ def lowbit_conv2d(
     if out_dtype is None:
         out_dtype = x.dtype if x.is_floating_point() else torch.float32
     return epilogue(
-        sums, x_grid, w_grid, 1, bias, scale, shift, relu, clip, out_grid, out_kind, out_levels, out_dtype
+        sums, x_grid, w_grid, 1, bias, scale, shift, lower, upper, out_grid, out_kind, out_levels, out_dtype
     )

@@ -8,6 +8,8 @@ from torch import Tensor
 from .bitplanes import encode, unpack_bitplanes
 from .fake_quantize import columns_of, float_codes
 
+INF = float("inf")
+
 
 def activation_codes(x: Tensor, grid: Tensor, kind: int, levels: int) -> Tensor:
     """int64 codes of an activation: encoded if it is floating, taken as it is if it holds uint8 codes."""
@@ -22,15 +24,15 @@ def epilogue(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    relu: bool,
-    clip: float | None,
+    lower: float,
+    upper: float,
     out_grid: Tensor | None,
     out_kind: int,
     out_levels: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """sa*(sw*D + ow*SA) + oa*(sw*SW + ow*V), + bias, *scale + shift, ReLU, clip, and codes where out_grid is
-    given.
+    """sa*(sw*D + ow*SA) + oa*(sw*SW + ow*V), + bias, *scale + shift, clamped to [lower, upper], and codes
+    where out_grid is given.
 
     Sums D, SA, SW, V are exact integers, rounded to float32 once; each operation after that is one float32
     rounding.
@@ -49,10 +51,8 @@ def epilogue(
         y = y * scale.float().reshape(shape)
     if shift is not None:
         y = y + shift.float().reshape(shape)
-    if relu:
-        y = torch.where(y < 0, 0.0, y)
-    if clip is not None:
-        y = torch.where(y > clip, clip, y)
+    y = torch.where(y < lower, lower, y)
+    y = torch.where(y > upper, upper, y)
     if out_grid is None:
         return y.to(out_dtype)
     codes = float_codes(y, out_grid, out_kind, out_levels, None)
@@ -68,12 +68,11 @@ def lowbit_linear(
     w_grid: Tensor,
     w_kind: int,
     w_levels: int,
-    features: int,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-    relu: bool = False,
-    clip: float | None = None,
+    lower: float = -INF,
+    upper: float = INF,
     out_grid: Tensor | None = None,
     out_kind: int = 0,
     out_levels: int = 0,
@@ -84,6 +83,7 @@ def lowbit_linear(
 
     x_grid is float32 [1, 3]; w_grid float32 [1, 3] or [out_features, 3].
     """
+    features = x.shape[-1]
     weight = unpack_bitplanes(planes, w_kind, features).double()
     codes = activation_codes(x, x_grid, x_kind, x_levels).double()  # float64 holds every sum here exactly
     dot = codes @ weight.t()
@@ -101,8 +101,8 @@ def lowbit_linear(
         bias,
         scale,
         shift,
-        relu,
-        clip,
+        lower,
+        upper,
         out_grid,
         out_kind,
         out_levels,

@@ -155,13 +155,14 @@ def test_linear_epilogue_in_order():
     w_grid = grid_of((-1.5, 1.0, 0), (0.0, 0.5, 0))
     x_grid = grid_of((0.25, 0.5, 0))
     y = reference.lowbit_linear(
-        x, x_grid, 0, 3, planes, w_grid, 0, 3, 3,
-        bias=torch.tensor([1.0, -20.0]), scale=torch.tensor([2.0, 1.0]), shift=torch.tensor([0.5, 0.0]), relu=True,
+        x, x_grid, 0, 3, planes, w_grid, 0, 3,
+        bias=torch.tensor([1.0, -20.0]), scale=torch.tensor([2.0, 1.0]), shift=torch.tensor([0.5, 0.0]),
+        lower=0.0,
     )  # fmt: skip
     # channel 0: weights 1.5 .5 -.5, values .25 .75 1.25 -> .375 + .375 - .625 = .125; (.125 + 1)*2 + .5
     assert y.tolist() == [[2.75, 0.0]]
     codes = reference.lowbit_linear(
-        x, x_grid, 0, 3, planes, w_grid, 0, 3, 3, out_grid=grid_of((0, 0.125, 0)), out_levels=1
+        x, x_grid, 0, 3, planes, w_grid, 0, 3, out_grid=grid_of((0, 0.125, 0)), out_levels=1
     )
     assert codes.dtype == torch.uint8
     assert codes.tolist() == [[1, 1]]
