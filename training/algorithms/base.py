@@ -31,8 +31,8 @@ class Algorithm:
     of ``__init__``, which checks the values and raises `training.config.ConfigError`. All hooks but `loss`
     get the bare model, also where it is wrapped for several processes. What changes from step to step and is
     not a parameter or buffer of the model belongs into `state_dict`, so that a resumed run continues bit for
-    bit. Random numbers need no care: the engine seeds them from (seed, step) before each `before_batch` and
-    `after_epoch`.
+    bit. Random numbers need no care: the engine seeds python, numpy and torch from (seed, step) before each
+    `before_batch` (the same on all processes) and `loss` (each process its own), and before `after_epoch`.
     """
 
     def prepare(self, model: nn.Module) -> nn.Module:

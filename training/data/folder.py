@@ -15,14 +15,14 @@ from training.config import DataConfig
 from training.data.sources import DataError, data_root, find
 from training.data.splits import Batch, Data
 
-ORIGIN = "https://www.image-net.org/download.php, or put your own images there as train/CLASS/*.jpg and val/CLASS/*.jpg"
+ORIGIN = "https://www.image-net.org/download.php, or lay out your own as train/CLASS/*.jpg, val/CLASS/*.jpg"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def random_resized_box(width: int, height: int, chance: random.Random) -> tuple[int, int, int, int]:
-    """A box (left, top, right, bottom) of 8 % to 100 % of the image and aspect ratio 3/4 to 4/3 (Szegedy et al.)."""
+    """A box (left, top, right, bottom) of 8 % to 100 % of the area, aspect ratio 3/4 to 4/3."""
     for _ in range(10):
         area = width * height * chance.uniform(0.08, 1.0)
         ratio = math.exp(chance.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -89,7 +89,7 @@ class ImageFolder:
 
 
 def load_folder(config: DataConfig) -> Data:
-    """train/ and val/; training crops and mirrors at random, evaluation takes the centre (data.image_size)."""
+    """train/ and val/ below the root; images come out as squares of data.image_size."""
     root = data_root(config.root)
     train, val = (find(root, [".", "imagenet"], [name], ORIGIN) for name in ("train", "val"))
     classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
@@ -106,7 +106,7 @@ def load_folder(config: DataConfig) -> Data:
             paths += found
             labels += [label] * len(found)
         if not paths:
-            raise DataError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}) in its class folders")
+            raise DataError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}) in class folders")
         return ImageFolder(paths, torch.tensor(labels), config.image_size, augment, config.workers)
 
     return Data(split(train, config.augment), split(val, False), len(classes), channels=3)

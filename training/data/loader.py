@@ -33,7 +33,7 @@ def share(n: int, rank: int, ranks: int) -> slice:
 def train_batches(
     split: Split, batch_size: int, seed: int, epoch: int, first_step: int = 0, rank: int = 0, ranks: int = 1
 ) -> Iterator[Batch]:
-    """This process's part of each batch of an epoch, from `first_step` on; `batch_size` is that of all processes."""
+    """This process's part of an epoch's batches from `first_step` on; `batch_size` counts all processes."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     order = torch.randperm(len(split.labels), generator=generator)
     part = share(batch_size, rank, ranks)

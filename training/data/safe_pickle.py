@@ -1,7 +1,8 @@
 """Read pickles of arrays, bytes and numbers, and nothing else.
 
-A pickle is a program. This reader lets it build containers, bytes, text, numbers and numpy arrays; arrays are made
-here, of their type and bytes, not by numpy's own hooks. Any other global is refused by name, before it is imported.
+A pickle is a program. This reader lets it build containers, bytes, text, numbers and numpy arrays; arrays
+are made here, of their type and bytes, not by numpy's own hooks. Any other global is refused by name, before
+it is imported.
 """
 
 from __future__ import annotations
@@ -96,11 +97,11 @@ def _unwrap(value: Any) -> Any:
 def loads(content: bytes) -> Any:
     """The object that a pickle of containers, bytes, text, numbers and numeric arrays holds.
 
-    Text of python 2 is read as bytes. Raises pickle.UnpicklingError for everything else, damaged files included.
+    Text of python 2 is read as bytes. Raises pickle.UnpicklingError for all else, damaged files included.
     """
     try:
         return _unwrap(_Unpickler(io.BytesIO(content), encoding="bytes").load())
     except pickle.UnpicklingError:
         raise
-    except Exception as error:  # a damaged pickle can fail in any way, none of which matters to the caller
+    except Exception as error:  # a damaged pickle can fail in any way
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error

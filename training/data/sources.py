@@ -25,7 +25,7 @@ def data_root(root: str) -> Path:
 
 
 def find(root: Path, folders: Sequence[str], names: Sequence[str], origin: str) -> Path:
-    """The first existing root/folder/name. Raises DataError that names the file and `origin`, where to get it."""
+    """The first root/folder/name there is. Raises DataError that names it and `origin`, where to get it."""
     for folder in folders:
         for name in names:
             if (root / folder / name).exists():

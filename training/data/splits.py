@@ -23,8 +23,8 @@ class Split(Protocol):
     def train_batch(self, indices: torch.Tensor, seed: int, part: slice) -> Batch:
         """(float32 [n, C, H, W], int64 [n]) of indices[part], augmented.
 
-        The random choices are those of the whole batch `indices` under `seed`, whichever part is asked for, so the
-        processes that share a batch see what one process would.
+        The random choices are those of the whole batch `indices` under `seed`, whichever part is asked for:
+        the processes that share a batch see what one process would.
         """
 
     def eval_batch(self, indices: torch.Tensor) -> Batch:
@@ -83,7 +83,7 @@ def shift_and_flip(
 ) -> torch.Tensor:
     """Pad by `pad` zeros, crop each image at (top, left), mirror it left to right where `mirror`.
 
-    images [N, C, H, W] of any dtype; top, left int64 [N] in 0..2 pad; mirror bool [N]. One gather for the batch.
+    images [N, C, H, W] of any dtype; top, left int64 [N] in 0..2 pad; mirror bool [N]. One gather in all.
     """
     n, channels, height, width = images.shape
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
@@ -96,9 +96,9 @@ def shift_and_flip(
 
 
 def balanced_subset(labels: torch.Tensor, n: int, seed: int = 0) -> torch.Tensor:
-    """Indices int64 [n], rising, of a random choice with as equal a number of each class as `n` allows.
+    """Indices int64 [n], rising: a random choice, the classes as equal in number as `n` allows.
 
-    labels int64 [N]. The choice depends on `seed` alone. Raises ConfigError where a class has too few images.
+    labels int64 [N]. The choice depends on `seed` alone. Raises ConfigError where a class has too few.
     """
     generator = torch.Generator().manual_seed(seed)
     classes = labels.unique().tolist()

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def initialise(model: nn.Module) -> None:
-    """Kaiming-normal convolutions (He et al., 2015, fan-out); batch-norm 1 and 0; linear layers as torch has."""
+    """Kaiming-normal convolutions (He et al., 2015, fan-out), batch-norm 1 and 0, linear as in torch."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
