@@ -53,7 +53,7 @@ Tensor fake_quantize(const Tensor& x_in, const Tensor& grid_in, int64_t kind, in
   FakeQuantizeArgs args = fake_quantize_args(op, x, grid, kind, levels, ste, axis);
   Tensor out = torch::stable::empty_like(x);
   args.out = out.mutable_data_ptr();
-  if (x.numel() > 0) Backend::fake_quantize_forward(args);
+  if (x.numel() > 0) Backend::fake_quantize_forward(args, x);
   return out;
 }
 
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad_in, const T
   args.grad = grad.const_data_ptr();
   args.out = grad_x.mutable_data_ptr();
   args.sums = static_cast<float*>(sums.mutable_data_ptr());
-  if (x.numel() > 0) Backend::fake_quantize_backward(args);
+  if (x.numel() > 0) Backend::fake_quantize_backward(args, x);
   return {grad_x, sums};
 }
 

@@ -19,8 +19,8 @@ namespace {
 }();
 
 struct Cpu {
-  static void fake_quantize_forward(const FakeQuantizeArgs& args) { cpu::kernels().fake_quantize_forward(args); }
-  static void fake_quantize_backward(const FakeQuantizeArgs& args) { cpu::kernels().fake_quantize_backward(args); }
+  static void fake_quantize_forward(const FakeQuantizeArgs& args, const Tensor&) { cpu::kernels().fake_quantize_forward(args); }
+  static void fake_quantize_backward(const FakeQuantizeArgs& args, const Tensor&) { cpu::kernels().fake_quantize_backward(args); }
 };
 
 }  // namespace
