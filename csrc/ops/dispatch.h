@@ -40,8 +40,13 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
-// The one knowing copy: a tensor with gaps or overlaps becomes contiguous.
-inline Tensor dense(const Tensor& t) { return t.numel() == 0 || is_dense(t) ? t : torch::stable::contiguous(t); }
+// The one knowing copy: a tensor with gaps or overlaps becomes dense, its dimensions in the order they had in memory. This is
+// also the layout of empty_like, with which the fake kernels say what the results look like.
+inline Tensor dense(const Tensor& t) {
+  if (t.numel() == 0 || is_dense(t)) return t;
+  Tensor copy = torch::stable::empty_like(t);
+  return torch::stable::copy_(copy, t);
+}
 
 inline bool same_layout(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class OpRules:
-    """What torch must know of an op beside its kernels."""
+    """What torch must know of an op beside its kernels.
+
+    ``backward(ops, ctx, *grads)`` is given the namespace that the forward ran in: a backend chosen later does not split a
+    forward pass from its backward pass.
+    """
 
     fake: Callable[..., Any]
     backward: Callable[..., Any] | None = None
@@ -32,4 +37,5 @@ def register(op: str, namespace: str) -> None:
     rule = RULES[op]
     torch.library.register_fake(f"{namespace}::{op}", rule.fake)
     if rule.backward is not None:
-        torch.library.register_autograd(f"{namespace}::{op}", rule.backward, setup_context=rule.setup_context)
+        backward = partial(rule.backward, getattr(torch.ops, namespace))
+        torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=rule.setup_context)

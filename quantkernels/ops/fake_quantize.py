@@ -81,12 +81,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.options = kind, levels, ste, axis
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     kind, levels, ste, axis = ctx.options
     if ste == Ste.IDENTITY:
         return grad, None, None, None, None, None
     x, grid = ctx.saved_tensors
-    grad_x, sums = call("fake_quantize_backward", grad, x, grid, kind, levels, ste, axis)
+    grad_x, sums = ops.fake_quantize_backward(grad, x, grid, kind, levels, ste, axis)
     grad_grid = grid_gradient(sums, levels, ste) if ctx.needs_input_grad[1] else None
     return grad_x, grad_grid, None, None, None, None
 
