@@ -1,8 +1,60 @@
-# make native: compile the libraries into quantkernels/_lib of this checkout, with the Python given (default: python3).
+# Everything runs in .venv, which the first target makes. Without a GPU: CPU torch and the CPU library.
+#   make demo            train, pack and run 2-bit networks on digits; a table and demo-report/report.html
+#   make test            the quick test suite        make test-training   the slow one
+#   make lint            ruff, clang-format, mypy    make bench           measure, and render the README's table
+#   make native          compile into quantkernels/_lib with $(PYTHON), no .venv
+# TORCH_INDEX: another package index for torch alone (for instance PyTorch's own index of CPU builds).
+
 PYTHON ?= python3
-JOBS ?= 2
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+CXX_FILES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
+# cmake and ninja come from the environment's own packages.
+RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
+PY := $(VENV)/bin/python
+
+$(VENV)/requirements.stamp: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# The editable install compiles the libraries; CMake knows what is out of date.
+build: $(VENV)/requirements.stamp
+	$(RUN) $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(PY) -c "import quantkernels as qk; i = qk.build_info(); print('quantkernels', i['version'], '| CPU:', i['cpu_isa'], '| CUDA:', i['cuda_build'], '|', i['cuda'])"
+
+demo: export QK_CUDA ?= $(GPU)
+demo: build
+	$(PY) -m training.demo
+
+test: build
+	$(PY) -m pytest -m "not slow"
+
+test-training: build
+	$(PY) -m pytest -m slow tests
+
+bench: build
+	$(PY) -m pytest benchmarks --benchmark-only
+	$(PY) -m benchmarks.render
+
+lint: $(VENV)/requirements.stamp
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) clang-format --dry-run -Werror $(CXX_FILES)
+	$(RUN) mypy
+
+format: $(VENV)/requirements.stamp
+	$(RUN) ruff check --fix-only --quiet .
+	$(RUN) ruff format --quiet .
+	$(RUN) clang-format -i $(CXX_FILES)
 
 native:
 	$(PYTHON) setup.py build_ext --inplace
 
-.PHONY: native
+clean:
+	rm -rf build dist *.egg-info quantkernels/_lib/*.so demo-report
+
+.PHONY: build demo test test-training bench lint format native clean

@@ -1,7 +1,7 @@
 """Builds the native libraries with CMake and puts them into the package; pyproject.toml says the rest.
 
-Environment: QK_CUDA=0|1 (leave CUDA out, or fail without nvcc; default: build it when nvcc is found), QK_CUDA_ARCHS (targets,
-default "80;86;89;90a"), QK_JOBS (parallel compile jobs, default: the number of processors).
+Environment: QK_CUDA=0|1 (leave CUDA out, or fail without nvcc; default: build it when nvcc is found), QK_CUDA_ARCHS
+(targets, default "80;86;89;90a"), QK_JOBS (parallel compile jobs, default: the number of processors).
 """
 
 import os
@@ -27,12 +27,13 @@ class CMakeBuild(build_ext):
     """Runs CMake once; libraries land beside the Python files they belong to."""
 
     def run(self) -> None:
-        # setuptools hides `inplace` from build_extension and copies afterwards what it knows of: one file of three.
+        # setuptools hides `inplace` from build_extension and then copies the one file it knows of.
         self.in_source = bool(self.inplace or self.editable_mode)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        target = ROOT / "quantkernels" / "_lib" if self.in_source else Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        package = ROOT / "quantkernels" / "_lib"
+        target = package if self.in_source else Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         options = {
@@ -43,7 +44,8 @@ class CMakeBuild(build_ext):
             "QK_CUDA_ARCHS": os.environ.get("QK_CUDA_ARCHS", "80;86;89;90a"),
         }
         # A switch of generator between builds would stop CMake; the object files are not worth keeping then.
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator, *(f"-D{k}={v}" for k, v in options.items())]
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator]
+        configure += [f"-D{name}={value}" for name, value in options.items()]
         if subprocess.run(configure).returncode != 0:
             shutil.rmtree(build, ignore_errors=True)
             subprocess.run(configure, check=True)

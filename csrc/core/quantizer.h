@@ -1,6 +1,7 @@
 #pragma once
 // THE definition of the quantizers: from a value to its code, and from a code to its value. Every backend calls these
-// functions or repeats them lane by lane, so element-wise results are bit-equal everywhere (compile without FMA contraction).
+// functions or repeats them lane by lane, so element-wise results are bit-equal everywhere (compile without FMA
+// contraction).
 
 #include <cmath>
 #include <cstdint>
@@ -74,6 +75,8 @@ QK_HOST_DEVICE int bits_of(Kind kind, int64_t levels) {
 }
 
 // Weight of plane p (0 is the most significant) in the integer code.
-QK_HOST_DEVICE int plane_weight(Kind kind, int bits, int plane) { return kind == Kind::kTernary ? 1 : 1 << (bits - 1 - plane); }
+QK_HOST_DEVICE int plane_weight(Kind kind, int bits, int plane) {
+  return kind == Kind::kTernary ? 1 : 1 << (bits - 1 - plane);
+}
 
 }  // namespace qk

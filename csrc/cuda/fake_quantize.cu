@@ -12,7 +12,7 @@ namespace qk::cuda {
 namespace {
 
 constexpr int kBlocksPerMultiprocessor = 8;  // 8 * 256 threads fill a multiprocessor of every target
-constexpr int64_t kMinRun = 32;  // shorter runs leave most lanes of a warp in other channels
+constexpr int64_t kMinRun = 32;              // shorter runs leave most lanes of a warp in other channels
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -58,12 +58,13 @@ void launch_backward(const FakeQuantizeArgs& args, const Context& context, float
   const BackwardPlan plan = plan_backward(layout, context);
   const auto stream = static_cast<cudaStream_t>(context.stream);
   const int64_t groups = plan.by_columns ? divide_up(layout.channels * layout.inner, kColumnWidth) : layout.channels;
-  auto* kernel = plan.by_columns ? fake_quantize_backward_column_kernel<T, kSte> : fake_quantize_backward_run_kernel<T, kSte>;
+  auto* kernel =
+      plan.by_columns ? fake_quantize_backward_column_kernel<T, kSte> : fake_quantize_backward_run_kernel<T, kSte>;
   kernel<<<dim3(static_cast<unsigned>(groups), static_cast<unsigned>(plan.slices)), kThreads, 0, stream>>>(
-      static_cast<const T*>(args.grad), static_cast<const T*>(args.x), static_cast<T*>(args.out), args.grid, workspace, layout,
-      static_cast<float>(args.levels));
+      static_cast<const T*>(args.grad), static_cast<const T*>(args.x), static_cast<T*>(args.out), args.grid, workspace,
+      layout, static_cast<float>(args.levels));
   fake_quantize_reduce_kernel<<<static_cast<unsigned>(layout.channels), kThreads, 0, stream>>>(workspace, args.sums,
-                                                                                              plan.partials);
+                                                                                               plan.partials);
 }
 
 }  // namespace
@@ -71,10 +72,14 @@ void launch_backward(const FakeQuantizeArgs& args, const Context& context, float
 void fake_quantize_forward(const FakeQuantizeArgs& args, const Context& context) {
   with_type(args.dtype, [&]<class T>(T*) {
     switch (args.kind) {
-      case Kind::kUniform: return launch_forward<T, Kind::kUniform>(args, context);
-      case Kind::kBinary: return launch_forward<T, Kind::kBinary>(args, context);
-      case Kind::kTernary: return launch_forward<T, Kind::kTernary>(args, context);
-      case Kind::kIdentity: return;  // refused by csrc/ops
+      case Kind::kUniform:
+        return launch_forward<T, Kind::kUniform>(args, context);
+      case Kind::kBinary:
+        return launch_forward<T, Kind::kBinary>(args, context);
+      case Kind::kTernary:
+        return launch_forward<T, Kind::kTernary>(args, context);
+      case Kind::kIdentity:
+        return;  // refused by csrc/ops
     }
   });
 }
@@ -86,9 +91,12 @@ int64_t fake_quantize_workspace(const FakeQuantizeArgs& args, const Context& con
 void fake_quantize_backward(const FakeQuantizeArgs& args, const Context& context, float* workspace) {
   with_type(args.dtype, [&]<class T>(T*) {
     switch (args.ste) {
-      case Ste::kIdentity: return launch_backward<T, Ste::kIdentity>(args, context, workspace);
-      case Ste::kClip: return launch_backward<T, Ste::kClip>(args, context, workspace);
-      case Ste::kFull: return launch_backward<T, Ste::kFull>(args, context, workspace);
+      case Ste::kIdentity:
+        return launch_backward<T, Ste::kIdentity>(args, context, workspace);
+      case Ste::kClip:
+        return launch_backward<T, Ste::kClip>(args, context, workspace);
+      case Ste::kFull:
+        return launch_backward<T, Ste::kFull>(args, context, workspace);
     }
   });
 }

@@ -8,7 +8,7 @@
 namespace qk::cuda {
 
 inline constexpr int kThreads = 256;
-inline constexpr int kColumnWidth = 32;               // columns that a block of the column kernel takes
+inline constexpr int kColumnWidth = 32;                      // columns that a block of the column kernel takes
 inline constexpr int kColumnRows = kThreads / kColumnWidth;  // and rows it reads at once
 
 struct Channel {

@@ -30,7 +30,8 @@ struct Cuda {
 
   static void fake_quantize_backward(const FakeQuantizeArgs& args, const Tensor& x) {
     launch("fake_quantize_backward", x, [&](const cuda::Context& context) {
-      const Tensor workspace = torch::stable::new_empty(x, {cuda::fake_quantize_workspace(args, context)}, ScalarType::Float);
+      const Tensor workspace =
+          torch::stable::new_empty(x, {cuda::fake_quantize_workspace(args, context)}, ScalarType::Float);
       cuda::fake_quantize_backward(args, context, static_cast<float*>(workspace.mutable_data_ptr()));
     });
   }

@@ -36,13 +36,13 @@ def fake_quantize(
 
     Args:
         x: any shape and memory layout; float32, float16 or bfloat16.
-        grid: float32 [C, 3], a row (offset, step, threshold) a channel; C = ``x.size(axis)``, or 1 if ``axis`` is None.
-        kind: a :class:`Kind` other than IDENTITY. UNIFORM: ``code = round((x - offset) / step)``, ties to even, clamped to
-            [0, levels]. BINARY: ``x >= 0``. TERNARY: ``(x > -threshold) + (x > threshold)``.
+        grid: float32 [C, 3], a row (offset, step, threshold) a channel; C = ``x.size(axis)``, or 1 without axis.
+        kind: a :class:`Kind` other than IDENTITY. UNIFORM: ``code = round((x - offset) / step)``, ties to even,
+            clamped to [0, levels]. BINARY: ``x >= 0``. TERNARY: ``(x > -threshold) + (x > threshold)``.
         levels: the highest code: 2^n - 1 for UNIFORM with n from 1 to 8, 1 for BINARY, 2 for TERNARY.
-        ste: a :class:`Ste`; CLIP and FULL are for UNIFORM. IDENTITY passes the gradient of x and gives none to the grid; CLIP
-            passes it inside the range, and the ends of the range learn (PACT); FULL also gives the step the gradient of the
-            rounding error inside (PACT+, LSQ).
+        ste: a :class:`Ste`; CLIP and FULL are for UNIFORM. IDENTITY passes the gradient of x and gives none to the
+            grid; CLIP passes it inside the range, and the ends of the range learn (PACT); FULL also gives the step
+            the gradient of the rounding error inside (PACT+, LSQ).
         axis: the channel dimension, or None for one grid for the whole tensor.
 
     Returns:
@@ -55,9 +55,9 @@ def fake_quantize(
 
 
 def grid_gradient(sums: Tensor, levels: int, ste: int) -> Tensor:
-    """Gradient of the grid from the sums (below, above, inside) of a channel; ``sums`` [..., 3] gives [..., 3].
+    """Gradient of the grid [..., 3] from the sums (below, above, inside) of each channel, [..., 3] too.
 
-    Below the range q = offset, above it q = offset + levels * step, and inside dq/dstep = code - (x - offset) / step.
+    Below the range q = offset, above it q = offset + levels * step; inside, dq/dstep = code - (x - offset) / step.
     """
     below, above, inside = sums.unbind(-1)
     step = above * levels + inside if ste == Ste.FULL else above * levels

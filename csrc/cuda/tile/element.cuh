@@ -40,10 +40,14 @@ struct alignas(16) Pack {
 template <class F>
 void with_type(DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(nullptr));
-    case DType::kFloat16: return f(static_cast<__half*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<__nv_bfloat16*>(nullptr));
-    case DType::kUInt8: return;  // the checks of csrc/ops let no integer tensor come here
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<__half*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    case DType::kUInt8:
+      return;  // the checks of csrc/ops let no integer tensor come here
   }
 }
 
