@@ -1,0 +1,8 @@
+"""Layers: quantized for training and evaluation, packed for running."""
+
+from .conv import PackedConv2d, QConv2d
+from .layer import QuantizedLayer
+from .linear import PackedLinear, QLinear
+from .packed import PackedLayer
+
+__all__ = ["PackedConv2d", "PackedLayer", "PackedLinear", "QConv2d", "QLinear", "QuantizedLayer"]

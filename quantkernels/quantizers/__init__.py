@@ -1,0 +1,29 @@
+"""Quantizers: modules that hold parameters and statistics and call the ops. One file a family.
+
+To add one, see docs/adding-a-quantizer.md.
+"""
+
+from .attention import Attention
+from .base import Quantizer
+from .binary import BWN, TWN
+from .binary_relax import BinaryRelax
+from .fixed import Fixed
+from .identity import Identity
+from .minmax import MinMax
+from .mixture import Mixture
+from .pact import PACT
+from .sawb import SAWB
+
+__all__ = [
+    "BWN",
+    "PACT",
+    "SAWB",
+    "TWN",
+    "Attention",
+    "BinaryRelax",
+    "Fixed",
+    "Identity",
+    "MinMax",
+    "Mixture",
+    "Quantizer",
+]
