@@ -1,0 +1,212 @@
+"""lowbit_linear: exact integer sums of codes on the tensor cores, then the epilogue of ``csrc/core/algebra.h``."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._checks import check, check_float, check_quantizer, parameters
+from ._tiles import EXACT, TERNARY, code_of, load_float, load_grid, store_rounded
+
+_BLOCK_ROWS = 32
+_BLOCK_COLUMNS = 32
+_BLOCK_DEPTH = 64
+# |sum of products of shifted codes| <= 128 * 128 * depth stays below 2^31 up to this depth.
+_DEPTH_OF_INT32 = 2**31 // 2**14 - 1
+
+
+@triton.jit
+def activation_tile(x, inside, grid, KIND: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr):
+    """int32 codes of a tile of the activation; 0 outside and for a NaN."""
+    if CODES:
+        return tl.load(x, mask=inside, other=0).to(tl.int32)
+    offset, _, inverse, threshold = load_grid(grid, 0, 1)
+    code = code_of(load_float(x, inside), offset, inverse, threshold, KIND, LEVELS)
+    return tl.where(inside & (code == code), code, 0.0).to(tl.int32)
+
+
+@triton.jit
+def weight_tile(planes, plane_stride, word, bit, inside, KIND: tl.constexpr, BITS: tl.constexpr):
+    """int32 codes of a tile of packed weights: planes most significant first; ternary planes weigh 1 each."""
+    code = tl.zeros(word.shape, tl.int32)
+    for plane in tl.static_range(BITS):
+        words = tl.load(planes + plane * plane_stride + word, mask=inside, other=0)
+        ones = (words >> bit) & 1
+        code = code + ones if KIND == TERNARY else code * 2 + ones
+    return code
+
+
+@triton.jit
+def lowbit_linear_kernel(
+    x,  # [rows, depth]: floats, or uint8 codes
+    x_grid,  # [1, 3]
+    planes,  # [W_BITS, columns, words]
+    w_grid,  # [1 or columns, 3]
+    bias,  # [columns] or None
+    scale,  # [columns] or None
+    shift,  # [columns] or None
+    out_grid,  # [1, 3] or None
+    out,  # [rows, columns]: floats, or uint8 codes of out_grid
+    rows,
+    columns,
+    depth,
+    words,
+    lower,
+    upper,
+    X_KIND: tl.constexpr,
+    X_LEVELS: tl.constexpr,
+    X_CODES: tl.constexpr,
+    W_KIND: tl.constexpr,
+    W_BITS: tl.constexpr,
+    W_PER_CHANNEL: tl.constexpr,
+    OUT_KIND: tl.constexpr,
+    OUT_LEVELS: tl.constexpr,
+    X_SHIFT: tl.constexpr,
+    W_SHIFT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """out = epilogue(D, SA, SW, V) with D = sum ca*cw, SA = sum ca, SW = sum cw, V = depth.
+
+    Tensor cores multiply signed bytes, codes go to 255: codes of 8 bits are multiplied less 128, and
+    sum (ca - s)(cw - t) = D - t*SA - s*SW + s*t*V gives D back, exactly.
+    """
+    blocks = tl.cdiv(columns, BLOCK_COLUMNS)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    column = (tl.program_id(0) % blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    dot = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int64 if WIDE else tl.int32)
+    row_sum = tl.zeros([BLOCK_ROWS, 1], tl.int64)
+    column_sum = tl.zeros([1, BLOCK_COLUMNS], tl.int64)
+    for start in range(0, depth, BLOCK_DEPTH):
+        across = start + tl.arange(0, BLOCK_DEPTH)[None, :]
+        down = start + tl.arange(0, BLOCK_DEPTH)[:, None]
+        row_inside = (row < rows) & (across < depth)
+        column_inside = (down < depth) & (column < columns)
+        codes = activation_tile(x + row * depth + across, row_inside, x_grid, X_KIND, X_LEVELS, X_CODES)
+        weights = weight_tile(
+            planes, columns * words, column * words + down // 32, down % 32, column_inside, W_KIND, W_BITS
+        )
+        row_sum += tl.sum(codes, axis=1, keep_dims=True).to(tl.int64)
+        column_sum += tl.sum(weights, axis=0, keep_dims=True).to(tl.int64)
+        a = tl.where(row_inside, codes - X_SHIFT, 0).to(tl.int8)
+        b = tl.where(column_inside, weights - W_SHIFT, 0).to(tl.int8)
+        part = tl.dot(a, b, out_dtype=tl.int32)
+        dot += part.to(tl.int64) if WIDE else part
+    products = dot.to(tl.int64) + W_SHIFT * row_sum + X_SHIFT * column_sum - X_SHIFT * W_SHIFT * depth
+
+    inside = (row < rows) & (column < columns)
+    there = column < columns
+    x_offset, x_step, _, _ = load_grid(x_grid, 0, 1)
+    w_row = column if W_PER_CHANNEL else tl.zeros_like(column)
+    w_offset, w_step, _, _ = load_grid(w_grid, w_row, columns)
+    by_activation = w_step * products.to(tl.float32) + w_offset * row_sum.to(tl.float32)
+    by_offset = w_step * column_sum.to(tl.float32) + w_offset * tl.full(column.shape, depth, tl.float32)
+    y = x_step * by_activation + x_offset * by_offset
+    if bias is not None:
+        y = y + tl.load(bias + column, mask=there, other=0.0)
+    if scale is not None:
+        y = y * tl.load(scale + column, mask=there, other=0.0)
+    if shift is not None:
+        y = y + tl.load(shift + column, mask=there, other=0.0)
+    y = tl.where(y < lower, lower, y)
+    y = tl.where(y > upper, upper, y)
+    place = out + row * columns + column
+    if out_grid is not None:
+        offset, _, inverse, threshold = load_grid(out_grid, 0, 1)
+        code = code_of(y, offset, inverse, threshold, OUT_KIND, OUT_LEVELS)
+        tl.store(place, tl.where(code != code, 0.0, code).to(tl.uint8), mask=inside)
+    else:
+        store_rounded(place, y, inside)
+
+
+def lowbit_linear(
+    x: Tensor,
+    x_grid: Tensor,
+    x_kind: int,
+    x_levels: int,
+    planes: Tensor,
+    w_grid: Tensor,
+    w_kind: int,
+    w_levels: int,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    lower: float,
+    upper: float,
+    out_grid: Tensor | None,
+    out_kind: int,
+    out_levels: int,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """``quantkernels.ops.lowbit_linear``."""
+    op = "lowbit_linear"
+    codes = x.dtype == torch.uint8
+    if not codes:
+        check_float(op, "x", x)
+    check(x.dim() >= 1, op, "x", "of at least one dimension", list(x.shape))
+    check_quantizer(op, x_kind, x_levels)
+    check_quantizer(op, w_kind, w_levels)
+    depth = x.shape[-1]
+    bits = 2 if w_kind == 2 else w_levels.bit_length()
+    words = triton.cdiv(depth, 32)
+    check(planes.dtype == torch.int32, op, "planes", "Int", planes.dtype)
+    shape = f"of shape [{bits}, out_features, {words}]"
+    fits = planes.dim() == 3 and planes.shape[0] == bits and planes.shape[2] == words
+    check(fits, op, "planes", shape, list(planes.shape))
+    columns = planes.shape[1]
+    per_channel = w_grid.dim() == 2 and w_grid.shape[0] == columns and columns != 1
+    x_grid = parameters(op, "x_grid", x_grid, x, 1, 3)
+    w_grid = parameters(op, "w_grid", w_grid, x, columns if per_channel else 1, 3)
+    vectors = [
+        None if v is None else parameters(op, name, v, x, columns)
+        for name, v in (("bias", bias), ("scale", scale), ("shift", shift))
+    ]
+    if out_grid is not None:
+        check_quantizer(op, out_kind, out_levels)
+        out_grid = parameters(op, "out_grid", out_grid, x, 1, 3)
+        out_dtype = torch.uint8
+    elif out_dtype is None:
+        out_dtype = torch.float32 if codes else x.dtype
+    x, planes = x.contiguous(), planes.contiguous()
+    out = x.new_empty((*x.shape[:-1], columns), dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    rows = out.numel() // columns
+    lowbit_linear_kernel[(triton.cdiv(rows, _BLOCK_ROWS) * triton.cdiv(columns, _BLOCK_COLUMNS),)](
+        x,
+        x_grid,
+        planes,
+        w_grid,
+        *vectors,
+        out_grid,
+        out,
+        rows,
+        columns,
+        depth,
+        words,
+        lower,
+        upper,
+        X_KIND=x_kind,
+        X_LEVELS=x_levels,
+        X_CODES=codes,
+        W_KIND=w_kind,
+        W_BITS=bits,
+        W_PER_CHANNEL=per_channel,
+        OUT_KIND=out_kind,
+        OUT_LEVELS=out_levels,
+        X_SHIFT=128 if codes or x_levels > 127 else 0,
+        W_SHIFT=128 if w_levels > 127 else 0,
+        WIDE=depth > _DEPTH_OF_INT32,
+        BLOCK_ROWS=_BLOCK_ROWS,
+        BLOCK_COLUMNS=_BLOCK_COLUMNS,
+        BLOCK_DEPTH=_BLOCK_DEPTH,
+        **EXACT,
+    )
+    return out
+
+
+OPS = {"lowbit_linear": lowbit_linear}
