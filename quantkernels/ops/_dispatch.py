@@ -11,8 +11,8 @@ import torch
 
 from .. import _library
 
-# "native" is the kernels compiled for the tensor's device: csrc/cpu or csrc/cuda. The others have a namespace of their own
-# with the same schemas, so that one program can hold all of them against each other.
+# "native" is the kernels compiled for the tensor's device: csrc/cpu or csrc/cuda. The others have a namespace of their
+# own with the same schemas, so that one program can hold all of them against each other.
 NAMESPACES = {"native": "quantkernels", "triton": "quantkernels_triton"}
 
 _current = "native"
@@ -67,16 +67,31 @@ def backends() -> Iterator[str]:
 
 def call(op: str, *args: Any) -> Any:
     """Run op of the current backend's namespace; a kernel that is not there is one clear sentence."""
-    overload = getattr(getattr(torch.ops, NAMESPACES[_current]), op).default
+    packet = getattr(getattr(torch.ops, NAMESPACES[_current]), op, None)
+    if packet is None:
+        raise NotImplementedError(
+            f"quantkernels.{op}: the {_current} backend does not have this op; choose another with "
+            "quantkernels.backend(...)"
+        )
     try:
-        return overload(*args)
+        return packet.default(*args)
     except NotImplementedError as error:
         if f"::{op}" not in str(error):
             raise
         device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "this")
-        info = _library.build_info()
         raise NotImplementedError(
-            f"quantkernels.{op}: the {_current} backend has no kernel for {device} tensors here (CPU kernels: "
-            f"{info['cpu_isa']}; CUDA library: {info['cuda']}, {info['cuda_build']}); rebuild with "
-            "QK_CUDA=1 pip install --no-build-isolation ."
+            f"quantkernels.{op}: the {_current} backend has no kernel for {device} tensors here{_remedy()}"
         ) from error
+
+
+def _remedy() -> str:
+    if _current == "triton":
+        return (
+            "; it runs on CUDA tensors, and on CPU tensors with TRITON_INTERPRET=1 in the environment before "
+            "the first import (slow: for tests)"
+        )
+    info = _library.build_info()
+    return (
+        f" (CPU kernels: {info['cpu_isa']}; CUDA library: {info['cuda']}, {info['cuda_build']}); rebuild with "
+        "QK_CUDA=1 pip install --no-build-isolation ."
+    )

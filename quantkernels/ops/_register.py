@@ -14,8 +14,8 @@ import torch
 class OpRules:
     """What torch must know of an op beside its kernels.
 
-    ``backward(ops, ctx, *grads)`` is given the namespace that the forward ran in: a backend chosen later does not split a
-    forward pass from its backward pass.
+    ``backward(ops, ctx, *grads)`` is given the namespace that the forward ran in: a backend chosen later does not
+    split a forward pass from its backward pass.
     """
 
     fake: Callable[..., Any]

@@ -1,8 +1,8 @@
-"""The ops as Triton kernels, in the namespace ``quantkernels_triton``; ``quantkernels.backend("triton")`` imports this.
+"""The ops as Triton kernels, in the namespace ``quantkernels_triton``, imported by ``quantkernels.backend("triton")``.
 
-Kernels run on CUDA tensors, and on CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1`` in the environment before
-the first import): that is how machines without a GPU test them. Schemas are read from the native ops, and fake kernels,
-gradients and sums are those of ``quantkernels.ops``, so nothing is said twice.
+Kernels run on CUDA tensors, and on CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1`` in the environment
+before the first import): that is how machines without a GPU test them. Schemas are read from the native ops, and fake
+kernels and gradients are those of ``quantkernels.ops``, so nothing is said twice.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A dense tensor is seen as [outer, channels, inner] in memory order, as in ``csrc/ops/dispatch.h``. The elements of one
 channel are numbered j = 0 .. outer*inner - 1, and a program owns one tile [channels, elements] of (channel, j): large
-channels are cut along j, small ones are taken together, and channels that lie side by side in memory (channels_last) are
-read side by side. Reductions are tree sums within a tile, written out and added by torch in a fixed order: no float
+channels are cut along j, small ones are taken together, and channels that lie side by side in memory (channels_last)
+are read side by side. Reductions are tree sums within a tile, written out and added by torch in a fixed order: no float
 atomics, the same bits on every run.
 """
 
@@ -21,8 +21,8 @@ from triton import knobs
 
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 
-# Triton contracts a*b + c into one rounding where it is allowed to (its default until 3.8), and every backend must round
-# twice: this launch option of the CUDA backend forbids it in LLVM and in ptxas (--fmad=false).
+# Triton contracts a*b + c into one rounding where it is allowed to (the default differs between its versions), and every
+# backend must round twice: this launch option of the CUDA backend forbids it in LLVM and in ptxas (--fmad=false).
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 UNIFORM = tl.constexpr(0)
@@ -120,12 +120,13 @@ def tile_of(
     CHANNEL_BLOCK: tl.constexpr,
     ELEMENT_BLOCK: tl.constexpr,
 ):
-    """This program's block of elements, channels [CHANNEL_BLOCK, 1], and for the tile the offsets and what is inside."""
+    """This program's block of elements, its channels [CHANNEL_BLOCK, 1]; for the tile, offsets and what is inside."""
     blocks = tl.cdiv(channels, CHANNEL_BLOCK)
     block = tl.program_id(0) // blocks
     channel = (tl.program_id(0) % blocks) * CHANNEL_BLOCK + tl.arange(0, CHANNEL_BLOCK)[:, None]
     j = tl.arange(0, ELEMENT_BLOCK)[None, :]
     if WIDE:
+        channel = channel.to(tl.int64)
         j = block.to(tl.int64) * ELEMENT_BLOCK + j
     else:
         j = block * ELEMENT_BLOCK + j

@@ -51,9 +51,7 @@ def attention_forward_kernel(
     ELEMENT_BLOCK: tl.constexpr,
 ):
     """((sum_k a_k offset_k + (a_0 step_0) c_0) + (a_1 step_1) c_1) + ..., in the order of k."""
-    _, channel, place, inside = tile_of(
-        channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK
-    )
+    _, channel, place, inside = tile_of(channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK)
     value = load_float(x + place, inside)
     base = tl.zeros([CHANNEL_BLOCK, 1], tl.float32)
     for k in tl.static_range(COUNT):
@@ -92,9 +90,7 @@ def attention_backward_kernel(
     ELEMENT_BLOCK: tl.constexpr,
 ):
     """grad_x = g * sum_k a_k mask_k; grad a_k = offset_k sum g + step_k sum g c_k (identity: sum g x)."""
-    block, channel, place, inside = tile_of(
-        channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK
-    )
+    block, channel, place, inside = tile_of(channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK)
     g = load_float(grad + place, inside)
     value = load_float(x + place, inside)
     total = tl.sum(g, axis=1, keep_dims=True)

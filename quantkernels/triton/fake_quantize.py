@@ -41,9 +41,7 @@ def fake_quantize_forward_kernel(
     ELEMENT_BLOCK: tl.constexpr,
 ):
     """out = offset + step * code(x), or with CODES the code itself, 0 for a NaN."""
-    _, channel, place, inside = tile_of(
-        channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK
-    )
+    _, channel, place, inside = tile_of(channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK)
     offset, step, inverse, threshold = load_grid(grid, channel, channels)
     code = code_of(load_float(x + place, inside), offset, inverse, threshold, KIND, LEVELS)
     if CODES:
@@ -70,9 +68,7 @@ def fake_quantize_backward_kernel(
     ELEMENT_BLOCK: tl.constexpr,
 ):
     """grad_x = g where 0 <= v <= levels, and the sums of g below, of g above, of g * (code - v) inside."""
-    block, channel, place, inside = tile_of(
-        channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK
-    )
+    block, channel, place, inside = tile_of(channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK)
     offset, _, inverse, _ = load_grid(grid, channel, channels)
     g = load_float(grad + place, inside)
     v = (load_float(x + place, inside) - offset) * inverse
@@ -95,9 +91,7 @@ def store_sum(pointer, value, inside):
     tl.store(pointer, tl.sum(value, axis=1, keep_dims=True), mask=inside)
 
 
-def quantize(
-    op: str, x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | None, dtype: torch.dtype
-) -> Tensor:
+def quantize(op: str, x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | None, dtype: torch.dtype) -> Tensor:
     """Launch the forward kernel: q in the dtype of x, or codes for ``torch.uint8``."""
     x = dense(x)
     grid = parameters(op, "grid", grid, x, check_axis(op, x, axis), 3)

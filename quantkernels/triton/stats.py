@@ -35,9 +35,7 @@ def channel_stats_kernel(
     CHANNEL_BLOCK: tl.constexpr,
     ELEMENT_BLOCK: tl.constexpr,
 ):
-    block, channel, place, inside = tile_of(
-        channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK
-    )
+    block, channel, place, inside = tile_of(channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK)
     value = load_float(x + place, inside)
     row = partial + (block.to(tl.int64) * channels + channel) * 4
     least = tl.min(tl.where(inside, value, float("inf")), axis=1, keep_dims=True)
@@ -61,9 +59,7 @@ def conditional_abs_mean_kernel(
     CHANNEL_BLOCK: tl.constexpr,
     ELEMENT_BLOCK: tl.constexpr,
 ):
-    block, channel, place, inside = tile_of(
-        channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK
-    )
+    block, channel, place, inside = tile_of(channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK)
     magnitude = tl.abs(load_float(x + place, inside))
     chosen = inside & (magnitude > tl.load(threshold + channel, mask=channel < channels, other=0.0))
     row = partial + (block.to(tl.int64) * channels + channel) * 2
@@ -86,9 +82,7 @@ def range_errors_kernel(
     CHANNEL_BLOCK: tl.constexpr,
     ELEMENT_BLOCK: tl.constexpr,
 ):
-    block, channel, place, inside = tile_of(
-        channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK
-    )
+    block, channel, place, inside = tile_of(channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK)
     value = load_float(x + place, inside)
     row = partial + (block.to(tl.int64) * channels + channel) * count
     for j in range(count):
@@ -147,9 +141,7 @@ def range_errors(x: Tensor, candidates: Tensor, levels: int, axis: int | None) -
         return torch.zeros_like(candidates)
     tiles = tiles_of(x, axis)
     partial = tiles.partial(x, count)
-    range_errors_kernel[tiles.launch](
-        x, candidates, partial, count, LEVELS=levels, **tiles.arguments, **EXACT
-    )
+    range_errors_kernel[tiles.launch](x, candidates, partial, count, LEVELS=levels, **tiles.arguments, **EXACT)
     return partial.sum(0, dtype=torch.float64).float()
 
 
