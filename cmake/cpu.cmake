@@ -1,5 +1,5 @@
 # The CPU library: the kernels of csrc/cpu once for each instruction set, behind the ops of csrc/ops.
-set(QK_CPU_FAMILIES fake_quantize table)
+set(QK_CPU_FAMILIES conv fake_quantize lowbit matmul table)
 
 add_library(qk_warnings INTERFACE)
 target_compile_options(qk_warnings INTERFACE -Wall -Wextra -Wno-psabi)
@@ -12,7 +12,7 @@ function(qk_add_isa isa)
   target_compile_definitions(qk_cpu_${isa} PRIVATE QK_CPU_ISA=${isa})
   # Bit-equality between backends needs every product rounded before it is added; where a sum may fuse, the code says so.
   target_compile_options(qk_cpu_${isa} PRIVATE -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math
-                         -Wno-maybe-uninitialized ${ARGN})
+                         -Wno-maybe-uninitialized -Wno-uninitialized ${ARGN})
   target_link_libraries(qk_cpu_${isa} PRIVATE qk_warnings)
 endfunction()
 

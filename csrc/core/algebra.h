@@ -5,31 +5,34 @@
 //
 // with D = sum ca*cw, SA = sum ca, SW = sum cw and V = the number of terms. In a convolution all four run over the valid
 // taps alone: a padded tap adds the value 0, which need not be a code, so it contributes to none of them.
+//
+// float32, this order, no FMA: the packed layer and the layer in eval mode run the same lines, so they agree to the bit. The
+// sums are exact integers, each rounded to float32 once, by the caller.
 
 #include "core/args.h"
 
 namespace qk {
 
-struct IntegerSums {
-  int64_t dot;          // D
-  int64_t activations;  // SA
-  int64_t weights;      // SW
-  int64_t taps;         // V
-};
-
-// float32, this order, no FMA: the packed layer and the layer in eval mode run the same line, so they agree to the bit.
-QK_HOST_DEVICE float dequantize_sums(const IntegerSums& sums, const Grid& activation, const Grid& weight) {
-  const float by_activation = weight.step * static_cast<float>(sums.dot) + weight.offset * static_cast<float>(sums.activations);
-  const float by_offset = weight.step * static_cast<float>(sums.weights) + weight.offset * static_cast<float>(sums.taps);
-  return activation.step * by_activation + activation.offset * by_offset;
+// sa*(sw*D + ow*SA): changes with the data.
+QK_HOST_DEVICE float data_term(float dot, float activations, float activation_step, float weight_step, float weight_offset) {
+  return activation_step * (weight_step * dot + weight_offset * activations);
 }
 
-// Bias, folded batch-norm, ReLU or clip.
+// oa*(sw*SW + ow*V): known once the weights and the window are.
+QK_HOST_DEVICE float window_term(float weights, float taps, float activation_offset, float weight_step, float weight_offset) {
+  return activation_offset * (weight_step * weights + weight_offset * taps);
+}
+
+// Bias, folded batch-norm, ReLU or clip. NaN passes.
+QK_HOST_DEVICE float clamp_output(float y, float lower, float upper) {
+  y = y < lower ? lower : y;
+  return y > upper ? upper : y;
+}
+
 QK_HOST_DEVICE float finish_output(float y, const EpilogueArgs& epilogue, int64_t channel) {
   if (epilogue.bias) y = y + epilogue.bias[channel];
   if (epilogue.scale) y = y * epilogue.scale[channel] + epilogue.shift[channel];
-  y = y < epilogue.lower ? epilogue.lower : y;
-  return y > epilogue.upper ? epilogue.upper : y;
+  return clamp_output(y, epilogue.lower, epilogue.upper);
 }
 
 }  // namespace qk

@@ -8,6 +8,8 @@ namespace qk::cpu {
 struct Kernels {
   void (*fake_quantize_forward)(const FakeQuantizeArgs&);
   void (*fake_quantize_backward)(const FakeQuantizeArgs&);
+  void (*lowbit_linear)(const LowbitArgs&);
+  void (*lowbit_conv2d)(const LowbitArgs&);
 };
 
 // Those of chosen_isa() (cpu/isa.h).

@@ -5,7 +5,9 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "ops/conv.h"
 #include "ops/fake_quantize.h"
+#include "ops/matmul.h"
 
 namespace qk::ops {
 namespace {
@@ -21,6 +23,8 @@ namespace {
 struct Cpu {
   static void fake_quantize_forward(const FakeQuantizeArgs& args, const Tensor&) { cpu::kernels().fake_quantize_forward(args); }
   static void fake_quantize_backward(const FakeQuantizeArgs& args, const Tensor&) { cpu::kernels().fake_quantize_backward(args); }
+  static void lowbit_linear(const LowbitArgs& args) { cpu::kernels().lowbit_linear(args); }
+  static void lowbit_conv2d(const LowbitArgs& args) { cpu::kernels().lowbit_conv2d(args); }
 };
 
 }  // namespace
@@ -30,4 +34,6 @@ STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) {
   using namespace qk::ops;
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize<Cpu>));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward<Cpu>));
+  m.impl("lowbit_linear", TORCH_BOX(&lowbit_linear<Cpu>));
+  m.impl("lowbit_conv2d", TORCH_BOX(&lowbit_conv2d<Cpu>));
 }

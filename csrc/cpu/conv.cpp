@@ -1,0 +1,177 @@
+// Low-bit convolution: the activation once to channels-last codes, the weights once to panels, then one of three paths.
+
+#include "cpu/conv.h"
+
+#include <algorithm>
+
+#include "cpu/gemm.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+namespace {
+
+// Visits output pixels in order without dividing at each.
+struct Position {
+  Position(const ConvGeometry& g, int64_t pixel)
+      : g(g), n(pixel / (g.out_height * g.out_width)), oy(pixel / g.out_width % g.out_height), ox(pixel % g.out_width) {}
+
+  void next() {
+    if (++ox < g.out_width) return;
+    ox = 0;
+    if (++oy < g.out_height) return;
+    oy = 0;
+    ++n;
+  }
+
+  const ConvGeometry& g;
+  int64_t n, oy, ox;
+};
+
+#if defined(__AVX512F__)
+// A 1 x 1 window: the row is the input pixel itself. Only where codes need no widening.
+struct RowSource {
+  static constexpr bool kGathers = false;
+
+  void fill(int64_t pixel, int64_t count, int64_t group, Rows& rows) const {
+    const int64_t channels = g.in_channels / g.groups;
+    Position at(g, pixel);
+    for (int64_t i = 0; i < count; ++i, at.next()) {
+      const int64_t in = (at.n * g.in_height + at.oy * g.stride_height) * g.in_width + at.ox * g.stride_width;
+      rows.row[i] = codes + in * g.in_channels + group * channels;
+      rows.sum[i] = sum_codes(rows.row[i], channels);
+      rows.window_class[i] = 0;
+    }
+  }
+
+  const ConvGeometry& g;
+  const uint8_t* codes;
+};
+#endif
+
+// Copies each window into a row, (kh, kw, channel) as in the weights, with zeros where it leaves the image.
+struct PatchSource {
+  static constexpr bool kGathers = true;
+
+  void fill(int64_t pixel, int64_t count, int64_t group, Rows& rows) const {
+    const int64_t width = plan.steps() * kDepth;
+    Position at(g, pixel);
+    for (int64_t i = 0; i < count; ++i, at.next()) {
+      Activation* const row = rows.gathered.data() + i * width;
+      rows.row[i] = row;
+      gather(at, group, row);
+      rows.sum[i] = sum_codes(row, plan.depth);
+      rows.window_class[i] = window.of(at.oy, at.ox);
+    }
+  }
+
+  void gather(const Position& at, int64_t group, Activation* row) const {
+    const int64_t channels = g.in_channels / g.groups, line = g.kernel_width * channels;
+    const TapRange valid_rows = window.rows.ranges[window.rows.of[at.oy]];
+    const TapRange valid = window.columns.ranges[window.columns.of[at.ox]];
+    const int64_t iy = at.oy * g.stride_height - g.pad_top, ix = at.ox * g.stride_width - g.pad_left;
+    for (int64_t kh = 0; kh < g.kernel_height; ++kh, row += line) {
+      if (kh < valid_rows.first || kh >= valid_rows.last) {
+        std::fill(row, row + line, Activation{0});
+        continue;
+      }
+      const uint8_t* const from = codes +
+                                  ((at.n * g.in_height + iy + kh * g.dilation_height) * g.in_width + ix) * g.in_channels +
+                                  group * channels;
+      std::fill(row, row + valid.first * channels, Activation{0});
+      if (contiguous_line) {
+        copy_codes(row + valid.first * channels, from + valid.first * channels, valid.count() * channels);
+      } else {
+        for (int64_t kw = valid.first; kw < valid.last; ++kw)
+          copy_codes(row + kw * channels, from + kw * g.dilation_width * g.in_channels, channels);
+      }
+      std::fill(row + valid.last * channels, row + line, Activation{0});
+    }
+  }
+
+  const ConvGeometry& g;
+  const Plan& plan;
+  const Window& window;
+  const uint8_t* codes;
+  bool contiguous_line;  // the taps of a kernel row are neighbours in memory
+};
+
+// One input channel an output channel: channels are the lanes, and each window is read where it lies.
+class Depthwise {
+ public:
+  Depthwise(const LowbitArgs& args, const Plan& plan, const Window& window, const uint8_t* codes, const Weights& weights,
+            const Epilogue& epilogue)
+      : g_(args.geometry), plan_(plan), window_(window), codes_(codes), weights_(weights), epilogue_(epilogue), output_(args) {}
+
+  void run() const {
+    const int64_t pixels = g_.batch * g_.out_height * g_.out_width, blocks = (pixels + kPixels - 1) / kPixels;
+    const int64_t chunks = (plan_.slots() + kPanelLanes - 1) / kPanelLanes;
+    parallel_for(blocks * chunks, 1, [&](int64_t begin, int64_t end) {
+      Buffer<float> staged(kPixels * kPanelLanes), turned(kPixels * kPanelLanes);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t pixel = task / chunks * kPixels, count = std::min(kPixels, pixels - pixel);
+        const int64_t channel = task % chunks * kPanelLanes;
+        Position at(g_, pixel);
+        for (int64_t i = 0; i < count; ++i, at.next()) one_pixel(at, channel, staged.data() + i * kPanelLanes);
+        output_.write(staged.data(), pixel, count, channel, std::min<int64_t>(kPanelLanes, g_.out_channels - channel),
+                      turned.data());
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kPixels = 4 * kLanes;
+
+  void one_pixel(const Position& at, int64_t channel, float* y) const {
+    int32_t dots[kPanelLanes] = {}, sums[kPanelLanes] = {};
+    const int64_t lanes = std::min<int64_t>(kPanelLanes, g_.out_channels - channel);
+    const TapRange rows = window_.rows.ranges[window_.rows.of[at.oy]];
+    const TapRange columns = window_.columns.ranges[window_.columns.of[at.ox]];
+    for (int64_t kh = rows.first; kh < rows.last; ++kh)
+      for (int64_t kw = columns.first; kw < columns.last; ++kw) {
+        const int64_t iy = at.oy * g_.stride_height - g_.pad_top + kh * g_.dilation_height;
+        const int64_t ix = at.ox * g_.stride_width - g_.pad_left + kw * g_.dilation_width;
+        const uint8_t* const a = codes_ + ((at.n * g_.in_height + iy) * g_.in_width + ix) * g_.in_channels + channel;
+        const uint8_t* const w = weights_.taps.data() + (kh * g_.kernel_width + kw) * plan_.slots() + channel;
+        lanes == kPanelLanes ? add_tap(a, w, kPanelLanes, dots, sums) : add_tap(a, w, lanes, dots, sums);
+      }
+    epilogue_.finish<int32_t, 1>(dots, sums, 0, window_.of(at.oy, at.ox), channel,
+                                 std::min<int64_t>(kPanelLanes, plan_.slots() - channel), y);
+  }
+
+  static void add_tap(const uint8_t* a, const uint8_t* w, int64_t lanes, int32_t* dots, int32_t* sums) {
+    for (int64_t c = 0; c < lanes; ++c) {
+      dots[c] += a[c] * w[c];
+      sums[c] += a[c];
+    }
+  }
+
+  const ConvGeometry& g_;
+  const Plan& plan_;
+  const Window& window_;
+  const uint8_t* codes_;
+  const Weights& weights_;
+  const Epilogue& epilogue_;
+  const Output output_;
+};
+
+}  // namespace
+
+void lowbit_conv2d(const LowbitArgs& args) {
+  const ConvGeometry& g = args.geometry;
+  const Plan plan = plan_of(args);
+  const Codes codes = encode_activation(args, plan);
+  const Weights weights = unpack_weights(args, plan);
+  const Window window(g);
+  const Epilogue epilogue(args, plan, weights, window);
+  switch (plan.path) {
+    case Path::kRows:
+#if defined(__AVX512F__)
+      return run_gemm(args, plan, weights, epilogue, RowSource{g, codes.data});
+#endif
+    case Path::kPatches:
+      return run_gemm(args, plan, weights, epilogue,
+                      PatchSource{g, plan, window, codes.data, g.groups == 1 && g.dilation_width == 1});
+    case Path::kDepthwise: return Depthwise(args, plan, window, codes.data, weights, epilogue).run();
+  }
+}
+
+}  // namespace qk::cpu::QK_CPU_ISA

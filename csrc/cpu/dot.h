@@ -1,0 +1,159 @@
+#pragma once
+// The integer dot products that every low-bit product is made of: a tile of R rows of activation codes by V vectors of output
+// channels, kept in registers, exact in int32 for up to kMaxDepth terms.
+//
+// Weights lie in panels [step][V * kLanes channels][kDepth]: at each step a lane multiplies kDepth codes of its channel with
+// the kDepth activation codes that are broadcast to all lanes.
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/simd.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+
+// |products| stay below 2^16, so int32 sums of this many cannot overflow.
+inline constexpr int64_t kMaxDepth = 1 << 15;
+
+#if defined(__AVX512F__)
+
+// vpdpbusd multiplies unsigned by signed bytes. Weight codes above 127 are stored less 128; the epilogue adds 128 * SA.
+using Activation = uint8_t;
+using Weight = int8_t;
+inline constexpr int kDepth = 4;
+inline constexpr int kTileRows = 6;  // 24 sums, 4 vectors of weights and a broadcast fill the 32 registers
+inline constexpr int kTileVectors = 4;
+
+template <int R, int V>
+void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps, int32_t* dots) {
+  __m512i sums[R][V];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_si512();
+  for (int64_t step = 0; step < steps; ++step) {
+    __m512i weights[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) weights[v] = _mm512_load_si512(panel + (step * V + v) * 64);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int32_t codes;
+      std::memcpy(&codes, rows[r] + step * kDepth, sizeof codes);
+      const __m512i activation = _mm512_set1_epi32(codes);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], activation, weights[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) _mm512_storeu_si512(dots + (r * V + v) * kLanes, sums[r][v]);
+}
+
+#else
+
+// 16-bit codes: vpmaddwd is exact, where vpmaddubsw would saturate.
+using Activation = int16_t;
+using Weight = int16_t;
+inline constexpr int kDepth = 2;
+inline constexpr int kTileRows = 4;
+inline constexpr int kTileVectors = 2;
+
+#if defined(__AVX2__)
+template <int R, int V>
+void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps, int32_t* dots) {
+  __m256i sums[R][V];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm256_setzero_si256();
+  for (int64_t step = 0; step < steps; ++step) {
+    __m256i weights[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v)
+      weights[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + (step * V + v) * 16));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      int32_t codes;
+      std::memcpy(&codes, rows[r] + step * kDepth, sizeof codes);
+      const __m256i activation = _mm256_set1_epi32(codes);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(activation, weights[v]));
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + (r * V + v) * kLanes), sums[r][v]);
+}
+#else
+template <int R, int V>
+void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps, int32_t* dots) {
+  constexpr int kWidth = V * kLanes;
+  int32_t sums[R][kWidth] = {};
+  for (int64_t step = 0; step < steps; ++step) {
+    const Weight* const weights = panel + step * kWidth * kDepth;
+    for (int r = 0; r < R; ++r) {
+      const int32_t a = rows[r][step * kDepth], b = rows[r][step * kDepth + 1];
+      for (int c = 0; c < kWidth; ++c) sums[r][c] += a * weights[c * kDepth] + b * weights[c * kDepth + 1];
+    }
+  }
+  std::memcpy(dots, sums, sizeof sums);
+}
+#endif
+#endif
+
+inline constexpr int kPanelLanes = kTileVectors * kLanes;
+
+using DotTile = void (*)(const Activation* const* rows, const Weight* panel, int64_t steps, int32_t* dots);
+
+template <int R>
+DotTile dot_tile_of_rows(int vectors) {
+  static_assert(kTileVectors == 2 || kTileVectors == 4);
+  if constexpr (kTileVectors == 4) {
+    if (vectors == 4) return dot_tile<R, 4>;
+    if (vectors == 3) return dot_tile<R, 3>;
+  }
+  return vectors == 2 ? dot_tile<R, 2> : dot_tile<R, 1>;
+}
+
+// rows in 1..kTileRows, vectors in 1..kTileVectors.
+inline DotTile dot_tile_of(int rows, int vectors) {
+  static_assert(kTileRows == 4 || kTileRows == 6);
+  if constexpr (kTileRows == 6) {
+    if (rows == 6) return dot_tile_of_rows<6>(vectors);
+    if (rows == 5) return dot_tile_of_rows<5>(vectors);
+  }
+  if (rows == 4) return dot_tile_of_rows<4>(vectors);
+  if (rows == 3) return dot_tile_of_rows<3>(vectors);
+  return rows == 2 ? dot_tile_of_rows<2>(vectors) : dot_tile_of_rows<1>(vectors);
+}
+
+// SA of one row.
+inline int64_t sum_codes(const Activation* codes, int64_t n) {
+#if defined(__AVX512F__)
+  __m512i sums = _mm512_setzero_si512();
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_loadu_si512(codes + i), _mm512_setzero_si512()));
+  if (i < n) {
+    const __m512i rest = _mm512_maskz_loadu_epi8(~0ull >> (64 - (n - i)), codes + i);
+    sums = _mm512_add_epi64(sums, _mm512_sad_epu8(rest, _mm512_setzero_si512()));
+  }
+  return _mm512_reduce_add_epi64(sums);
+#else
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; i += kMaxDepth) {
+    int32_t sum = 0;
+    for (int64_t k = i; k < (n < i + kMaxDepth ? n : i + kMaxDepth); ++k) sum += codes[k];
+    total += sum;
+  }
+  return total;
+#endif
+}
+
+inline void copy_codes(Activation* to, const uint8_t* from, int64_t n) {
+#if defined(__AVX512F__)
+  for (; n >= 64; n -= 64, to += 64, from += 64) _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+  if (n > 0) {
+    const __mmask64 rest = ~0ull >> (64 - n);
+    _mm512_mask_storeu_epi8(to, rest, _mm512_maskz_loadu_epi8(rest, from));
+  }
+#else
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+#endif
+}
+
+}  // namespace qk::cpu::QK_CPU_ISA

@@ -1,0 +1,357 @@
+#include "cpu/lowbit.h"
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+
+#include "core/algebra.h"
+#include "cpu/parallel.h"
+#include "cpu/transpose.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// One grid for the whole tensor, as vectors.
+struct Encoder {
+  Encoder(Kind kind, int64_t levels, const float* grid)
+      : kind(kind),
+        levels(splat(static_cast<float>(levels))),
+        offset(splat(grid[0])),
+        inverse(splat(inverse_step(grid[1]))),
+        low(splat(-grid[2])),
+        high(splat(grid[2])) {}
+
+  Vec operator()(Vec x) const {
+    const Vec one = splat(1.0f);
+    if (kind == Kind::kUniform) return round_to_even(clamp_code((x - offset) * inverse, levels));
+    if (kind == Kind::kBinary) return keep(less_equal(splat(0.0f), x), one);
+    return keep(less(low, x), one) + keep(less(high, x), one);
+  }
+
+  template <class T>
+  void run(const T* x, int64_t n, uint8_t* codes) const {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store_codes(codes + i, (*this)(load(x + i)));
+    if (i < n) store_codes(codes + i, (*this)(load(x + i, static_cast<int>(n - i))), static_cast<int>(n - i));
+  }
+
+  Kind kind;
+  Vec levels, offset, inverse, low, high;
+};
+
+bool is_channels_last(const ConvGeometry& g, const int64_t* stride) {
+  return (g.in_channels == 1 || stride[1] == 1) && (g.in_width == 1 || stride[3] == g.in_channels) &&
+         (g.in_height == 1 || stride[2] == g.in_width * g.in_channels);
+}
+
+// Calls f(image, first, n) for pieces of each image's pixels, in parallel.
+template <class F>
+void for_each_piece(const ConvGeometry& g, int64_t piece, const F& f) {
+  const int64_t pixels = g.in_height * g.in_width, pieces = divide_up(pixels, piece);
+  parallel_for(g.batch * pieces, std::max<int64_t>(1, (1 << 14) / (piece * std::max<int64_t>(g.in_channels, 1))),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t first = i % pieces * piece;
+                   f(i / pieces, first, std::min(piece, pixels - first));
+                 }
+               });
+}
+
+// to_codes(element index, n, out) encodes a contiguous run of x.
+template <class F>
+void encode_channels_last(const ConvGeometry& g, const F& to_codes, uint8_t* codes) {
+  const int64_t numel = g.batch * g.in_height * g.in_width * g.in_channels;
+  parallel_for(divide_up(numel, 1 << 14), 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin << 14;
+    to_codes(first, std::min(end << 14, numel) - first, codes + first);
+  });
+}
+
+template <class F>
+void encode_channels_first(const ConvGeometry& g, const F& to_codes, uint8_t* codes) {
+  constexpr int64_t kPiece = 256;
+  const int64_t pixels = g.in_height * g.in_width, channels = g.in_channels;
+  for_each_piece(g, std::clamp<int64_t>(round_up(pixels, 16), 16, kPiece), [&](int64_t image, int64_t first, int64_t n) {
+    alignas(64) uint8_t planes[16][kPiece];
+    alignas(64) uint8_t turned[16][16];
+    for (int64_t c = 0; c < channels; c += 16) {
+      const int64_t width = std::min<int64_t>(16, channels - c);
+      for (int64_t i = 0; i < width; ++i) to_codes((image * channels + c + i) * pixels + first, n, planes[i]);
+      uint8_t* const to = codes + (image * pixels + first) * channels + c;
+      for (int64_t p = 0; p < n; p += 16) {
+        if (width == 16 && p + 16 <= n) {
+          transpose_bytes(planes[0] + p, kPiece, to + p * channels, channels);
+          continue;
+        }
+        transpose_bytes(planes[0] + p, kPiece, turned[0], 16);
+        for (int64_t i = 0; i < std::min<int64_t>(16, n - p); ++i) std::memcpy(to + (p + i) * channels, turned[i], width);
+      }
+    }
+  });
+}
+
+// spread[b] has bit i of b as the lowest bit of byte i.
+constexpr std::array<uint64_t, 256> kSpread = [] {
+  std::array<uint64_t, 256> table{};
+  for (int b = 0; b < 256; ++b)
+    for (int i = 0; i < 8; ++i) table[b] |= static_cast<uint64_t>(b >> i & 1) << (8 * i);
+  return table;
+}();
+
+// The codes of one weight row, words * 32 of them.
+void unpack_row(const LowbitArgs& args, int64_t row, uint8_t* codes) {
+  const int64_t plane = args.geometry.out_channels * args.words;
+  const int32_t* const words = args.planes + row * args.words;
+  int64_t word = 0;
+#if defined(__AVX512F__)
+  for (; word + 2 <= args.words; word += 2) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int p = 0; p < args.w_bits; ++p) {
+      uint64_t bits;
+      std::memcpy(&bits, words + p * plane + word, sizeof bits);
+      const __m512i weight = _mm512_set1_epi8(static_cast<char>(plane_weight(args.w_kind, args.w_bits, p)));
+      sum = _mm512_mask_add_epi8(sum, bits, sum, weight);
+    }
+    _mm512_storeu_si512(codes + word * 32, sum);
+  }
+#endif
+  for (; word < args.words; ++word)
+    for (int byte = 0; byte < 4; ++byte) {
+      uint64_t sum = 0;
+      for (int p = 0; p < args.w_bits; ++p) {
+        const uint32_t bits = static_cast<uint32_t>(words[p * plane + word]);
+        sum += kSpread[bits >> (8 * byte) & 255] * plane_weight(args.w_kind, args.w_bits, p);
+      }
+      for (int i = 0; i < 8; ++i) codes[word * 32 + byte * 8 + i] = static_cast<uint8_t>(sum >> (8 * i));
+    }
+}
+
+// rows [kLanes][stride] to panel steps [steps][kLanes][kDepth], the steps `to_stride` weights apart.
+void interleave(const Weight* rows, int64_t stride, int64_t steps, Weight* to, int64_t to_stride) {
+  static_assert(kDepth * sizeof(Weight) == 4);
+  for (int64_t step = 0; step < steps; step += kLanes) {
+    alignas(64) float turned[kLanes][kLanes];
+    transpose_words(reinterpret_cast<const float*>(rows + step * kDepth), stride / kDepth, turned[0], kLanes);
+    for (int64_t i = 0; i < std::min<int64_t>(kLanes, steps - step); ++i)
+      std::memcpy(to + (step + i) * to_stride, turned[i], sizeof turned[i]);
+  }
+}
+
+// SW of every slot over the taps [rows] x [columns].
+void add_tap_sums(const Buffer<int64_t>& tap_sums, int64_t slots, int64_t kernel_width, TapRange rows, TapRange columns,
+                  int64_t* sums) {
+  std::fill(sums, sums + slots, 0);
+  for (int64_t kh = rows.first; kh < rows.last; ++kh)
+    for (int64_t kw = columns.first; kw < columns.last; ++kw) {
+      const int64_t* const tap = tap_sums.data() + (kh * kernel_width + kw) * slots;
+      for (int64_t s = 0; s < slots; ++s) sums[s] += tap[s];
+    }
+}
+
+}  // namespace
+
+Plan plan_of(const LowbitArgs& args) {
+  const ConvGeometry& g = args.geometry;
+  const int64_t taps = g.kernel_height * g.kernel_width, in_channels = g.in_channels / g.groups;
+  Plan plan{};
+  plan.depth = taps * in_channels;
+  plan.wide = plan.depth > kMaxDepth;
+  const bool depthwise = g.groups > 1 && in_channels == 1 && g.out_channels == g.groups && !plan.wide;
+  const bool in_bounds = g.pad_top == 0 && g.pad_left == 0 && (g.out_height - 1) * g.stride_height < g.in_height &&
+                         (g.out_width - 1) * g.stride_width < g.in_width;
+  plan.path = depthwise                                            ? Path::kDepthwise
+              : taps == 1 && in_bounds && sizeof(Activation) == 1 ? Path::kRows
+                                                                   : Path::kPatches;
+  plan.groups = depthwise ? 1 : g.groups;
+  plan.group_channels = g.out_channels / plan.groups;
+  plan.group_vectors = divide_up(plan.group_channels, kLanes);
+
+  // A block's rows and one panel of weights share the L2 cache.
+  constexpr int64_t kRowBytes = 1 << 18;
+  const int64_t row = std::max<int64_t>(1, plan.steps() * kDepth * static_cast<int64_t>(sizeof(Activation)));
+  const int64_t pixels = g.batch * g.out_height * g.out_width;
+  const int64_t most = std::clamp<int64_t>(kRowBytes / row, kTileRows, 16 * kTileRows);
+  const int64_t fewest_blocks = std::max<int64_t>(1, divide_up(pixels, most));
+  plan.block = round_up(std::max<int64_t>(1, divide_up(pixels, fewest_blocks)), kTileRows);
+  // Enough tasks for the threads of a large machine; a task of more panels reuses its rows more.
+  constexpr int64_t kTasks = 64;
+  const int64_t blocks = plan.groups * divide_up(std::max<int64_t>(1, pixels), plan.block);
+  plan.chunk = std::max<int64_t>(1, plan.panels() / std::max<int64_t>(1, kTasks / blocks));
+  return plan;
+}
+
+Codes encode_activation(const LowbitArgs& args, const Plan& plan) {
+  const ConvGeometry& g = args.geometry;
+  const bool channels_last = is_channels_last(g, args.x_stride);
+  // The kernels read whole groups of kDepth codes: only a multiple ends inside the tensor of the user.
+  if (args.x_dtype == DType::kUInt8 && channels_last && (plan.path != Path::kRows || plan.depth % kDepth == 0))
+    return {static_cast<const uint8_t*>(args.x), {}};
+  Codes codes{nullptr, Buffer<uint8_t>(g.batch * g.in_height * g.in_width * g.in_channels)};
+  codes.data = codes.owned.data();
+  const auto encode = [&](const auto& to_codes) {
+    channels_last ? encode_channels_last(g, to_codes, codes.owned.data()) : encode_channels_first(g, to_codes, codes.owned.data());
+  };
+  if (args.x_dtype == DType::kUInt8) {
+    const uint8_t* const x = static_cast<const uint8_t*>(args.x);
+    encode([&](int64_t first, int64_t n, uint8_t* to) { std::memcpy(to, x + first, n); });
+    return codes;
+  }
+  const Encoder encoder(args.x_kind, args.x_levels, args.epilogue.x_grid);
+  with_type(args.x_dtype, [&]<class T>(T*) {
+    const T* const x = static_cast<const T*>(args.x);
+    encode([&](int64_t first, int64_t n, uint8_t* to) { encoder.run(x + first, n, to); });
+  });
+  return codes;
+}
+
+TapClasses::TapClasses(int64_t out_size, int64_t in_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  of.reserve(out_size);
+  for (int64_t o = 0; o < out_size; ++o) {
+    const int64_t start = o * stride - pad;
+    TapRange range;
+    range.first = std::min(kernel, start >= 0 ? 0 : divide_up(-start, dilation));
+    range.last = start >= in_size ? range.first : std::clamp(divide_up(in_size - start, dilation), range.first, kernel);
+    // Along a dimension both ends only fall, so equal ranges are neighbours.
+    if (ranges.empty() || !(ranges.back() == range)) ranges.push_back(range);
+    of.push_back(static_cast<int32_t>(ranges.size() - 1));
+  }
+}
+
+Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
+  const ConvGeometry& g = args.geometry;
+  const bool depthwise = plan.path == Path::kDepthwise;
+  const int64_t taps = g.kernel_height * g.kernel_width, in_channels = g.in_channels / g.groups, slots = plan.slots();
+  const int64_t columns = round_up(plan.steps(), kLanes) * kDepth;
+  Weights weights;
+  weights.zero = sizeof(Weight) == 1 && args.w_levels > 127 ? 128 : 0;
+  weights.tap_sums = Buffer<int64_t>(taps * slots);
+  weights.tap_sums.clear();
+  if (depthwise) {
+    weights.taps = Buffer<uint8_t>(taps * slots);
+    weights.taps.clear();
+  } else {
+    weights.panels = Buffer<Weight>(slots * plan.steps() * kDepth);
+  }
+  parallel_for(plan.groups * plan.group_vectors, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, columns * kLanes)), [&](int64_t begin, int64_t end) {
+    Buffer<uint8_t> codes(args.words * 32);
+    Buffer<Weight> rows(kLanes * columns);
+    for (int64_t vector = begin; vector < end; ++vector) {
+      rows.clear();
+      const int64_t group = vector / plan.group_vectors, first = vector % plan.group_vectors * kLanes;
+      for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, plan.group_channels - first); ++lane) {
+        unpack_row(args, group * plan.group_channels + first + lane, codes.data());
+        const int64_t slot = vector * kLanes + lane;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const uint8_t* const run = codes.data() + tap * in_channels;
+          weights.tap_sums[tap * slots + slot] = std::accumulate(run, run + in_channels, int64_t{0});
+          if (depthwise) weights.taps[tap * slots + slot] = *run;
+        }
+        for (int64_t k = 0; k < plan.depth; ++k) rows[lane * columns + k] = static_cast<Weight>(codes[k] - weights.zero);
+      }
+      if (depthwise) continue;
+      const int64_t panel = vector % plan.group_vectors / kTileVectors, position = vector % plan.group_vectors % kTileVectors;
+      const int64_t width = std::min<int64_t>(kTileVectors, plan.group_vectors - panel * kTileVectors);
+      Weight* const to = const_cast<Weight*>(weights.panel(plan, group, panel)) + position * kLanes * kDepth;
+      interleave(rows.data(), columns, plan.steps(), to, width * kLanes * kDepth);
+    }
+  });
+  return weights;
+}
+
+Epilogue::Epilogue(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Window& window)
+    : activation_step_(args.epilogue.x_grid[1]),
+      lower_(args.epilogue.lower),
+      upper_(args.epilogue.upper),
+      has_bias_(args.epilogue.bias != nullptr),
+      has_scale_(args.epilogue.scale != nullptr),
+      slots_(plan.slots()),
+      window_terms_(window.count() * slots_) {
+  const EpilogueArgs& e = args.epilogue;
+  const auto by_slot = [&](const float* values, int64_t stride) {
+    Buffer<float> table(values ? slots_ : 0);
+    table.clear();
+    for (int64_t c = 0; values && c < args.geometry.out_channels; ++c)
+      table[c / plan.group_channels * plan.group_vectors * kLanes + c % plan.group_channels] = values[c * stride];
+    return table;
+  };
+  const int64_t grid_stride = e.w_per_channel ? kGridColumns : 0;
+  offset_ = by_slot(e.w_grid, grid_stride);
+  step_ = by_slot(e.w_grid + 1, grid_stride);
+  bias_ = by_slot(e.bias, 1);
+  scale_ = by_slot(e.scale, 1);
+  shift_ = by_slot(e.shift, 1);
+
+  const ConvGeometry& g = args.geometry;
+  std::vector<int64_t> sums(slots_);
+  int64_t index = 0;
+  for (const TapRange& rows : window.rows.ranges)
+    for (const TapRange& columns : window.columns.ranges) {
+      add_tap_sums(weights.tap_sums, slots_, g.kernel_width, rows, columns, sums.data());
+      const float taps = static_cast<float>(rows.count() * columns.count() * (g.in_channels / g.groups));
+      for (int64_t s = 0; s < slots_; ++s)
+        window_terms_[index++] = window_term(static_cast<float>(sums[s]), taps, e.x_grid[0], step_[s], offset_[s]);
+    }
+}
+
+template <class Sum, int kStride>
+void Epilogue::finish(const Sum* dots, const Sum* activations, Sum zero, int64_t window_class, int64_t slot, int64_t n,
+                      float* y) const {
+  const float* const step = step_.data() + slot;
+  const float* const offset = offset_.data() + slot;
+  const float* const window = window_terms_.data() + window_class * slots_ + slot;
+  for (int64_t i = 0; i < n; ++i) {
+    const Sum sum = activations[i * kStride];
+    y[i] = data_term(static_cast<float>(dots[i] + zero * sum), static_cast<float>(sum), activation_step_, step[i], offset[i]) +
+           window[i];
+  }
+  if (has_bias_)
+    for (int64_t i = 0; i < n; ++i) y[i] = y[i] + bias_[slot + i];
+  if (has_scale_)
+    for (int64_t i = 0; i < n; ++i) y[i] = y[i] * scale_[slot + i] + shift_[slot + i];
+  for (int64_t i = 0; i < n; ++i) y[i] = clamp_output(y[i], lower_, upper_);
+}
+
+template void Epilogue::finish<int32_t, 0>(const int32_t*, const int32_t*, int32_t, int64_t, int64_t, int64_t, float*) const;
+template void Epilogue::finish<int32_t, 1>(const int32_t*, const int32_t*, int32_t, int64_t, int64_t, int64_t, float*) const;
+template void Epilogue::finish<int64_t, 0>(const int64_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float*) const;
+
+Output::Output(const LowbitArgs& args)
+    : args_(args),
+      image_(args.geometry.out_height * args.geometry.out_width),
+      channels_last_(args.out_stride[1] == 1 || args.geometry.out_channels == 1) {}
+
+void Output::store_run(int64_t at, const float* y, int64_t n) const {
+  if (args_.epilogue.out_grid) {
+    const Encoder encoder(args_.epilogue.out_kind, args_.epilogue.out_levels, args_.epilogue.out_grid);
+    return encoder.run(y, n, static_cast<uint8_t*>(args_.out) + at);
+  }
+  with_type(args_.epilogue.out_dtype, [&]<class T>(T*) {
+    T* const to = static_cast<T*>(args_.out) + at;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(y + i));
+    if (i < n) store(to + i, load(y + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+  });
+}
+
+void Output::write(const float* staged, int64_t pixel, int64_t pixels, int64_t channel, int64_t columns, float* turned) const {
+  const int64_t channels = args_.geometry.out_channels;
+  if (channels_last_) {
+    for (int64_t p = 0; p < pixels; ++p) store_run((pixel + p) * channels + channel, staged + p * kPanelLanes, columns);
+    return;
+  }
+  const int64_t stride = round_up(pixels, kLanes);
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for (int64_t p = 0; p < pixels; p += kLanes)
+      transpose_words(staged + p * kPanelLanes + c, kPanelLanes, turned + c * stride + p, stride);
+  for (int64_t p = 0; p < pixels;) {
+    const int64_t image = (pixel + p) / image_, first = (pixel + p) % image_, run = std::min(pixels - p, image_ - first);
+    for (int64_t c = 0; c < columns; ++c)
+      store_run((image * channels + channel + c) * image_ + first, turned + c * stride + p, run);
+    p += run;
+  }
+}
+
+}  // namespace qk::cpu::QK_CPU_ISA

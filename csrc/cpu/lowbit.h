@@ -1,0 +1,122 @@
+#pragma once
+// The parts of a low-bit product that linear layers and convolutions share: the plan, the activation as channels-last codes,
+// the weights in panels, and the epilogue.
+
+#include <vector>
+
+#include "core/args.h"
+#include "cpu/buffer.h"
+#include "cpu/dot.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+
+// How a product is computed.
+enum class Path {
+  kRows,       // every output pixel reads one run of the activation: linear layers, 1 x 1 convolutions
+  kPatches,    // the window of each output pixel is gathered into a row first
+  kDepthwise,  // one input channel an output channel: directly from the activation
+};
+
+struct Plan {
+  Path path;
+  int64_t depth;   // K: terms of a dot product
+  bool wide;       // K is too large for int32 sums
+  int64_t block;   // output pixels whose rows are prepared together
+  int64_t chunk;   // panels of output channels a task multiplies them with
+  // Output channels by group, each group padded to whole vectors: "slots".
+  int64_t groups, group_channels, group_vectors;
+
+  int64_t slots() const { return groups * group_vectors * kLanes; }
+  int64_t steps() const { return (depth + kDepth - 1) / kDepth; }
+  int64_t panels() const { return (group_vectors + kTileVectors - 1) / kTileVectors; }
+};
+
+Plan plan_of(const LowbitArgs& args);
+
+// The activation's codes, [batch, height, width, channels].
+struct Codes {
+  const uint8_t* data;
+  Buffer<uint8_t> owned;  // empty where x holds such codes itself
+};
+
+Codes encode_activation(const LowbitArgs& args, const Plan& plan);
+
+// Taps of a window that lie inside the image along one dimension: [first, last).
+struct TapRange {
+  int64_t first, last;
+
+  int64_t count() const { return last - first; }
+  bool operator==(const TapRange&) const = default;
+};
+
+// Output positions along one dimension by the taps that are valid there: a few ranges, whatever the image's size.
+struct TapClasses {
+  std::vector<TapRange> ranges;
+  std::vector<int32_t> of;  // [output size]: index into ranges
+
+  TapClasses(int64_t out_size, int64_t in_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation);
+};
+
+struct Window {
+  TapClasses rows, columns;
+
+  explicit Window(const ConvGeometry& g)
+      : rows(g.out_height, g.in_height, g.kernel_height, g.stride_height, g.pad_top, g.dilation_height),
+        columns(g.out_width, g.in_width, g.kernel_width, g.stride_width, g.pad_left, g.dilation_width) {}
+
+  int64_t count() const { return static_cast<int64_t>(rows.ranges.size() * columns.ranges.size()); }
+  int64_t of(int64_t oy, int64_t ox) const {
+    return rows.of[oy] * static_cast<int64_t>(columns.ranges.size()) + columns.of[ox];
+  }
+};
+
+struct Weights {
+  Buffer<Weight> panels;     // [groups][panels][steps][channels of the panel][kDepth]; not for kDepthwise
+  Buffer<uint8_t> taps;      // [taps][slots]: codes; kDepthwise only
+  Buffer<int64_t> tap_sums;  // [taps][slots]: sum of the codes over the group's input channels
+  int32_t zero;              // what was subtracted from the codes in the panels
+
+  const Weight* panel(const Plan& plan, int64_t group, int64_t index) const {
+    return panels.data() + (group * plan.group_vectors + index * kTileVectors) * kLanes * plan.steps() * kDepth;
+  }
+};
+
+Weights unpack_weights(const LowbitArgs& args, const Plan& plan);
+
+// Tables by slot, and the formulas of core/algebra.h lane by lane.
+class Epilogue {
+ public:
+  Epilogue(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Window& window);
+
+  // y[n] from the integer sums of n slots, n a multiple of kLanes. Sum: int32_t or int64_t; kStride is 0 where all slots share
+  // one sum of activations, else 1.
+  template <class Sum, int kStride>
+  void finish(const Sum* dots, const Sum* activations, Sum zero, int64_t window_class, int64_t slot, int64_t n,
+              float* y) const;
+
+ private:
+  float activation_step_, lower_, upper_;
+  bool has_bias_, has_scale_;
+  int64_t slots_;
+  Buffer<float> step_, offset_, bias_, scale_, shift_;  // [slots]
+  Buffer<float> window_terms_;                          // [classes][slots]: oa*(sw*SW + ow*V)
+};
+
+// Where finished values go: as floats of any type or as codes, in the output's layout.
+class Output {
+ public:
+  explicit Output(const LowbitArgs& args);
+
+  // staged [pixels, kPanelLanes], `columns` of them valid: output pixels from `pixel` on, channels from `channel` on.
+  // turned: scratch of [kPanelLanes][kLanes * ceil(pixels / kLanes)] floats.
+  void write(const float* staged, int64_t pixel, int64_t pixels, int64_t channel, int64_t columns, float* turned) const;
+
+ private:
+  void store_run(int64_t at, const float* y, int64_t n) const;
+
+  const LowbitArgs& args_;
+  int64_t image_;  // output pixels an image
+  bool channels_last_;
+};
+
+}  // namespace qk::cpu::QK_CPU_ISA

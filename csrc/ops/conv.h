@@ -1,0 +1,111 @@
+#pragma once
+// lowbit_conv2d: checks and allocation, the same for every backend.
+
+#include "ops/matmul.h"
+
+namespace qk::ops {
+
+// Sizes beyond this are mistakes, and below it no product of the checks overflows.
+inline constexpr int64_t kMaxExtent = (int64_t{1} << 31) - 1;
+
+inline void check_extents(const char* op, const char* argument, const std::vector<int64_t>& values, size_t count,
+                          int64_t least) {
+  std::string got = "[";
+  bool ok = values.size() == count;
+  for (const int64_t value : values) {
+    got += (got.size() > 1 ? ", " : "") + std::to_string(value);
+    ok = ok && value >= least && value <= kMaxExtent;
+  }
+  check(ok, op, argument, std::to_string(count) + " numbers from " + std::to_string(least) + " to 2147483647", got + "]");
+}
+
+inline int64_t output_extent(const char* op, const char* dimension, int64_t size, int64_t padding, int64_t kernel, int64_t stride,
+                             int64_t dilation) {
+  const int64_t reach = dilation * (kernel - 1) + 1, padded = size + padding;
+  check(padded >= reach, op, "x",
+        "at least as large as the dilated kernel (" + std::to_string(reach) + ") in " + dimension + " with its padding", padded);
+  return (padded - reach) / stride + 1;
+}
+
+// Strides of a dense [n, c, h, w] tensor.
+inline void set_strides(int64_t channels, int64_t height, int64_t width, bool channels_last, int64_t (&stride)[4]) {
+  const int64_t last[4] = {channels * height * width, 1, width * channels, channels};
+  const int64_t first[4] = {channels * height * width, height * width, width, 1};
+  std::copy(channels_last ? last : first, (channels_last ? last : first) + 4, stride);
+}
+
+// As torch's is_contiguous(memory_format=channels_last): strides of dimensions of size 1 do not matter.
+inline bool is_channels_last(const Tensor& x) {
+  int64_t stride[4];
+  set_strides(x.size(1), x.size(2), x.size(3), true, stride);
+  for (int64_t d = 0; d < 4; ++d)
+    if (x.size(d) != 1 && x.stride(d) != stride[d]) return false;
+  return true;
+}
+
+inline ConvGeometry conv_geometry(const char* op, const Tensor& x, int64_t out_channels, const std::vector<int64_t>& kernel,
+                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                  const std::vector<int64_t>& dilation, int64_t groups) {
+  ConvGeometry g{};
+  g.batch = x.size(0);
+  g.in_channels = x.size(1);
+  g.in_height = x.size(2);
+  g.in_width = x.size(3);
+  g.out_channels = out_channels;
+  g.kernel_height = kernel[0];
+  g.kernel_width = kernel[1];
+  g.stride_height = stride[0];
+  g.stride_width = stride[1];
+  g.pad_top = padding[0];
+  g.pad_left = padding[2];
+  g.dilation_height = dilation[0];
+  g.dilation_width = dilation[1];
+  g.groups = groups;
+  g.out_height = output_extent(op, "height", g.in_height, padding[0] + padding[1], kernel[0], stride[0], dilation[0]);
+  g.out_width = output_extent(op, "width", g.in_width, padding[2] + padding[3], kernel[1], stride[1], dilation[1]);
+  return g;
+}
+
+template <class Backend>
+Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int64_t x_levels, const Tensor& planes,
+                     const Tensor& w_grid, int64_t w_kind, int64_t w_levels, std::vector<int64_t> kernel_size,
+                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                     const std::optional<Tensor>& bias, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                     double lower, double upper, const std::optional<Tensor>& out_grid, int64_t out_kind, int64_t out_levels,
+                     std::optional<ScalarType> out_dtype) {
+  const LowbitCall call{"lowbit_conv2d", x,     x_grid, x_kind, x_levels, planes,   w_grid,   w_kind,     w_levels,
+                        bias,            scale, shift,  lower,  upper,    out_grid, out_kind, out_levels, out_dtype};
+  const char* const op = call.op;
+  check_activation(op, x);
+  check(x.dim() == 4, op, "x", "of shape [batch, channels, height, width]", shape_of(x));
+  check_extents(op, "kernel_size", kernel_size, 2, 1);
+  check_extents(op, "stride", stride, 2, 1);
+  check_extents(op, "padding", padding, 4, 0);
+  check_extents(op, "dilation", dilation, 2, 1);
+  check(groups >= 1 && x.size(1) % groups == 0, op, "groups", "a divisor of x's " + std::to_string(x.size(1)) + " channels",
+        groups);
+  const int64_t taps = kernel_size[0] * kernel_size[1], channels = x.size(1) / groups;
+  check(taps <= kMaxExtent && taps * channels <= kMaxExtent, op, "kernel_size",
+        "of at most 2147483647 weights an output channel", std::to_string(kernel_size[0]) + " x " + std::to_string(kernel_size[1]));
+  LowbitTensors tensors;
+  LowbitArgs args = lowbit_args(call, taps * channels, tensors);
+  check(planes.size(1) % groups == 0, op, "planes",
+        "of a number of output channels that groups (" + std::to_string(groups) + ") divides", planes.size(1));
+  args.geometry = conv_geometry(op, x, planes.size(1), kernel_size, stride, padding, dilation, groups);
+
+  const bool channels_last = !x.is_contiguous() && is_channels_last(x);
+  tensors.x = channels_last ? x : torch::stable::contiguous(x);
+  const ConvGeometry& g = args.geometry;
+  using torch::headeronly::MemoryFormat;
+  Tensor out = torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, check_out_dtype(call), std::nullopt,
+                                    x.device(), std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  set_strides(g.in_channels, g.in_height, g.in_width, channels_last, args.x_stride);
+  set_strides(g.out_channels, g.out_height, g.out_width, channels_last, args.out_stride);
+  args.epilogue.out_dtype = dtype_of(out);
+  args.x = tensors.x.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  if (out.numel() > 0) Backend::lowbit_conv2d(args);
+  return out;
+}
+
+}  // namespace qk::ops
