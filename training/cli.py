@@ -27,9 +27,9 @@ def is_main_process() -> bool:
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """One sentence on stderr (of the main process), and out."""
-    if is_main_process():
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", markup=False)
+    """One sentence on stderr, and out."""
+    who = "" if is_main_process() else f" (process {os.environ['RANK']})"
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error{who}: {message}", markup=False)
     raise typer.Exit(status)
 
 

@@ -150,6 +150,7 @@ class RunConfig:
     seed: int = 0
     label_smoothing: float = 0.0
     mixed_precision: str = "no"
+    device: str = "auto"  # auto: the accelerator where there is one
     checkpoint_steps: int = 500  # a checkpoint every that many steps too; 0: only after epochs
     checkpoint_epochs: int = 1  # a checkpoint after every that many epochs, and at the end
     eval_epochs: int = 1  # evaluate after every that many epochs, and at the end
@@ -161,6 +162,7 @@ class RunConfig:
         require(0 <= self.seed < 2**31, "run.seed", "in [0, 2^31)", self.seed)
         require(0 <= self.label_smoothing < 1, "run.label_smoothing", "in [0, 1)", self.label_smoothing)
         require(self.checkpoint_steps >= 0, "run.checkpoint_steps", "0 or positive", self.checkpoint_steps)
+        choose(self.device, ("auto", "cpu"), "run.device")
         choose(self.mixed_precision, ("no", "bf16", "fp16"), "run.mixed_precision")
 
 

@@ -110,11 +110,16 @@ def build_optimizer(config: Config, algorithm: Algorithm, model: nn.Module) -> t
 def make_accelerator(config: Config) -> Accelerator:
     """An Accelerator with the recipe's precision. Raises ConfigError where the machine does not have it."""
     AcceleratorState._reset_state()  # it is process-wide, and refuses a second run's other precision
+    mode = config.run.mixed_precision
+    cpu = config.run.device == "cpu" or not torch.accelerator.is_available()
     try:
-        return Accelerator(mixed_precision=config.run.mixed_precision)
+        # without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other
+        accelerator = Accelerator(mixed_precision=mode, cpu=cpu)
     except ValueError as error:
-        mode = config.run.mixed_precision
         raise ConfigError(f"run.mixed_precision = {mode!r} does not work on this machine: {error}") from error
+    if mode == "fp16" and accelerator.scaler is None:  # accelerate would train in float32 without a word
+        raise ConfigError("run.mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no'")
+    return accelerator
 
 
 def make_deterministic(on: bool) -> None:

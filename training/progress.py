@@ -37,7 +37,7 @@ class Display:
 
     def message(self, text: str) -> None:
         """A line of text above the bar."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def metrics(self, line: dict[str, Any], epochs: int) -> None:
         """The figures of an epoch."""
