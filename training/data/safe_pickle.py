@@ -45,16 +45,24 @@ class _Array:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, content = state
+        self.fill(content, dtype, shape, "F" if fortran else "C")
+
+    def fill(self, content: bytes | str, dtype: _DType, shape: tuple[int, ...], order: str) -> _Array:
         kind = dtype.numpy()
         if isinstance(content, str):  # protocol 2 of python 2, where bytes are text
             content = content.encode("latin-1")
         if math.prod(shape) * kind.itemsize != len(content) or min(shape, default=0) < 0:
             raise pickle.UnpicklingError(f"an array of shape {shape} does not have {len(content)} bytes")
-        self.value = np.frombuffer(content, kind).reshape(shape, order="F" if fortran else "C")
+        self.value = np.frombuffer(content, kind).reshape(shape, order="F" if order == "F" else "C")
+        return self
 
 
 def _reconstruct(*_: object) -> _Array:
     return _Array()
+
+
+def _frombuffer(content: bytes, dtype: _DType, shape: tuple[int, ...], order: str) -> _Array:
+    return _Array().fill(content, dtype, shape, order)
 
 
 def _scalar(dtype: _DType, content: bytes) -> int | float:
@@ -72,9 +80,10 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _NDArray,
     ("_codecs", "encode"): _encode,  # how protocol 2 of python 3 writes bytes
 }
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _ALLOWED[_module, "_reconstruct"] = _reconstruct
-    _ALLOWED[_module, "scalar"] = _scalar
+for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = _scalar
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _frombuffer  # protocol 5
 
 
 class _Unpickler(pickle.Unpickler):

@@ -17,6 +17,7 @@ def tiny_convnet(
     processes computes what one process computes.
     """
     require(type(width) is int and width >= 1, "model.width", "an integer of at least 1", width)
+    require(type(batch_norm) is bool, "model.batch_norm", "true or false", batch_norm)
 
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=not batch_norm)
