@@ -128,9 +128,7 @@ class ScheduleConfig:
         rising = sorted(set(self.milestones)) == self.milestones
         require(rising, "schedule.milestones", "rising epoch numbers", self.milestones)
         if self.name == "multistep" and not self.milestones:
-            raise ConfigError(
-                "schedule.milestones must name at least one epoch for schedule.name = 'multistep'"
-            )
+            raise ConfigError("schedule.milestones must name at least one epoch for schedule.name = 'multistep'")
 
 
 @dataclass(frozen=True)

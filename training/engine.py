@@ -69,9 +69,7 @@ def run(config: Config, folder: Path | str, resume: bool = False, show: bool = F
 def build(config: Config, data: Data, algorithm: Algorithm) -> nn.Module:
     """The network of a recipe, from its seed or its file, with the algorithm's layers swapped in."""
     seed_everything(derive_seed(config.run.seed, "model"))
-    model = build_model(
-        config.model.name, data.num_classes, in_channels=data.channels, **config.model.options
-    )
+    model = build_model(config.model.name, data.num_classes, in_channels=data.channels, **config.model.options)
     if config.model.init:
         load_state(model, Path(config.model.init))
     return algorithm.prepare(model)
@@ -246,9 +244,7 @@ class Trainer:
         seen = self.steps_per_epoch * config.data.batch_size
         loss, correct = (self._all_sums() / seen).tolist()
         if not math.isfinite(loss):
-            raise UserError(
-                f"training diverged in epoch {self.epoch + 1}: the loss is {loss}; lower optimizer.lr"
-            )
+            raise UserError(f"training diverged in epoch {self.epoch + 1}: the loss is {loss}; lower optimizer.lr")
         lr = self.optimizer.param_groups[0]["lr"]
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self.sums.zero_()

@@ -9,9 +9,7 @@ from typing import Any
 from training.config import ConfigError, reject_unknown
 
 
-def call_with_options(
-    function: Callable[..., Any], options: Mapping[str, Any], where: str, *args: Any
-) -> Any:
+def call_with_options(function: Callable[..., Any], options: Mapping[str, Any], where: str, *args: Any) -> Any:
     """function(*args, **options) after a check of the option names against its other parameters.
 
     `where` is the recipe table in error messages. Raises ConfigError for an unknown or a missing option.

@@ -63,8 +63,7 @@ class RunFolder:
             return self._reopen(config, processes)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(
-                f"{self.path} exists; continue that run with --resume, choose another folder with --out, "
-                f"or remove it"
+                f"{self.path} exists; continue that run with --resume, choose another folder with --out, or remove it"
             )
         self._create(config, processes)
         return []
@@ -132,9 +131,7 @@ class RunFolder:
     def truncate_metrics(self, size: int) -> None:
         """Drop the lines written after the checkpoint that the run continues from."""
         if self.metrics_size() < size:
-            raise UserError(
-                f"{self.metrics} is shorter than it was at the last checkpoint; it cannot be resumed"
-            )
+            raise UserError(f"{self.metrics} is shorter than it was at the last checkpoint; it cannot be resumed")
         if self.metrics.exists():
             os.truncate(self.metrics, size)
 

@@ -13,8 +13,13 @@ from training.config import from_tables
 ROOT = Path(__file__).parents[2]
 
 
-def tiny_tables():
+@pytest.fixture
+def tables():
     """Tables of a float run on digits: 3 epochs of 11 steps, a checkpoint every 4 steps."""
+    return _tables()
+
+
+def _tables():
     return {
         "model": {"name": "tiny_convnet", "width": 4},
         "data": {"name": "digits", "batch_size": 128},
@@ -24,17 +29,12 @@ def tiny_tables():
     }
 
 
-@pytest.fixture
-def tables():
-    return tiny_tables()
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
-    """`tiny(run={"epochs": 1}, ...)`: the config of `tiny_tables` with some keys changed."""
+    """`tiny(run={"epochs": 1}, ...)`: the config of `tables` with some keys changed."""
 
     def make(**changes):
-        tables = tiny_tables()
+        tables = _tables()
         for table, values in changes.items():
             tables.setdefault(table, {}).update(values)
         return from_tables(tables)
@@ -42,7 +42,7 @@ def tiny():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def same_weights():
     """Whether two runs' folders hold models that are equal bit for bit."""
 
@@ -53,12 +53,12 @@ def same_weights():
     return compare
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def environment():
     """The environment for a subprocess that imports this checkout."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def python():
     return sys.executable

@@ -1,5 +1,7 @@
 """Recipes: overrides, defaults, and errors that name the key."""
 
+from itertools import pairwise
+
 import pytest
 
 from training import config
@@ -124,5 +126,5 @@ def test_schedules(tables):
     cosine = factors(name="cosine", warmup_epochs=1.0)
     assert cosine[:3] == [0.5, 1.0, 1.0]
     assert cosine[5] == pytest.approx(0.5)
-    assert all(a >= b for a, b in zip(cosine[1:], cosine[2:], strict=False))
+    assert all(a >= b for a, b in pairwise(cosine[1:]))
     assert factors(name="cosine", final_factor=0.5)[4] == pytest.approx(0.75)

@@ -48,9 +48,7 @@ def test_lambda_is_the_one_of_the_paper(name, penalty):
 
 
 def test_a_recipe_extends_another(tmp_path):
-    (tmp_path / "base.toml").write_text(
-        '[model]\nname = "a"\n[data]\nname = "digits"\n[run]\nepochs = 3\nseed = 1\n'
-    )
+    (tmp_path / "base.toml").write_text('[model]\nname = "a"\n[data]\nname = "digits"\n[run]\nepochs = 3\nseed = 1\n')
     (tmp_path / "leaf.toml").write_text('extends = "base.toml"\n[run]\nepochs = 5\n')
     recipe = config.load(tmp_path / "leaf.toml", ["run.seed=2"])
     assert (recipe.model.name, recipe.run.epochs, recipe.run.seed) == ("a", 5, 2)

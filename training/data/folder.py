@@ -45,9 +45,7 @@ def center_box(width: int, height: int) -> tuple[int, int, int, int]:
 class ImageFolder:
     """A split on disk, decoded by `workers` threads; what a batch holds does not depend on their number."""
 
-    def __init__(
-        self, paths: list[Path], labels: torch.Tensor, size: int, augment: bool, workers: int
-    ) -> None:
+    def __init__(self, paths: list[Path], labels: torch.Tensor, size: int, augment: bool, workers: int) -> None:
         self.paths = paths
         self.labels = labels
         self.size = size

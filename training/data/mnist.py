@@ -13,9 +13,7 @@ from training.config import DataConfig
 from training.data.sources import DataError, data_root, find
 from training.data.splits import Data, ImageTensors
 
-ORIGIN = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist/ (files *-ubyte.gz, into MNIST/raw below the data folder)"
-)
+ORIGIN = "https://ossci-datasets.s3.amazonaws.com/mnist/ (files *-ubyte.gz, into MNIST/raw below the data folder)"
 
 
 def read_idx(path: Path) -> torch.Tensor:
@@ -30,9 +28,7 @@ def read_idx(path: Path) -> torch.Tensor:
     shape = np.frombuffer(content, ">u4", rank, offset=4).tolist()
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
     if values.size != np.prod(shape, dtype=object):
-        raise DataError(
-            f"{path} is damaged (shape {shape}, but {values.size} bytes); get it again from {ORIGIN}"
-        )
+        raise DataError(f"{path} is damaged (shape {shape}, but {values.size} bytes); get it again from {ORIGIN}")
     return torch.from_numpy(values.reshape(shape).copy())
 
 

@@ -107,8 +107,6 @@ def balanced_subset(labels: torch.Tensor, n: int, seed: int = 0) -> torch.Tensor
         members = (labels == label).nonzero().flatten()
         share = n // len(classes) + (i < n % len(classes))
         if share > len(members):
-            raise ConfigError(
-                f"data.subset = {n} asks for {share} images of class {label}, which has {len(members)}"
-            )
+            raise ConfigError(f"data.subset = {n} asks for {share} images of class {label}, which has {len(members)}")
         chosen.append(members[torch.randperm(len(members), generator=generator)[:share]])
     return torch.cat(chosen).sort().values

@@ -71,9 +71,7 @@ class MobileNetV2(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
-def mobilenet_v2(
-    num_classes: int, in_channels: int, stem: str = "imagenet", dropout: float = 0.2
-) -> MobileNetV2:
+def mobilenet_v2(num_classes: int, in_channels: int, stem: str = "imagenet", dropout: float = 0.2) -> MobileNetV2:
     """MobileNetV2, width 1; stem "imagenet" (224x224 images) or "cifar" (32x32, two strides of 2 less)."""
     choose(stem, ("imagenet", "cifar"), "model.stem")
     valid = isinstance(dropout, int | float) and 0 <= dropout < 1

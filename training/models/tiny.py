@@ -8,9 +8,7 @@ from training.config import require
 from training.models.layers import initialise
 
 
-def tiny_convnet(
-    num_classes: int, in_channels: int, width: int = 16, batch_norm: bool = True
-) -> nn.Sequential:
+def tiny_convnet(num_classes: int, in_channels: int, width: int = 16, batch_norm: bool = True) -> nn.Sequential:
     """Three 3x3 convolutions of width, 2 width and 2 width channels (the second strided), and a linear layer.
 
     `batch_norm=False` gives a network whose samples do not influence each other, so that training on several
