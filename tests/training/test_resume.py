@@ -52,7 +52,7 @@ def run_until(monkeypatch, config, folder, attribute, calls, resume=False):
     return False
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 4, 5, 10, 11, 12, 23, 32])
+@pytest.mark.parametrize("steps", [0, 3, 4, 5, 11, 23, 32])
 def test_killed_between_steps(tiny, tmp_path, uninterrupted, monkeypatch, same_weights, steps):
     folder = tmp_path / "run"
     assert run_until(monkeypatch, tiny(), folder, (engine.Trainer, "_train_step"), steps)
@@ -62,7 +62,7 @@ def test_killed_between_steps(tiny, tmp_path, uninterrupted, monkeypatch, same_w
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 9, 12])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 12])
 def test_killed_while_writing(tiny, tmp_path, uninterrupted, monkeypatch, same_weights, call, count):
     folder = tmp_path / "run"
     assert run_until(monkeypatch, tiny(), folder, (checkpoint.os, call), count)
@@ -209,7 +209,7 @@ def test_sigkill(tmp_path, same_weights, environment, python):
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(
         '[model]\nname = "tiny_convnet"\nwidth = 4\n[data]\nname = "digits"\nbatch_size = 32\n'
-        "[run]\nepochs = 12\ncheckpoint_steps = 5\n"
+        "[run]\nepochs = 8\ncheckpoint_steps = 5\n"
     )
     command = [python, "-m", "training", "run", str(recipe), "--out"]
     subprocess.run([*command, "whole"], env=environment, cwd=tmp_path, check=True, capture_output=True)
@@ -223,7 +223,7 @@ def test_sigkill(tmp_path, same_weights, environment, python):
         )
         known = set(checkpoint.checkpoints(folder))
         if wait_for(lambda known=known: len(set(checkpoint.checkpoints(folder)) - known) >= 2, process):
-            time.sleep(chance.uniform(0, 0.2))
+            time.sleep(chance.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
     assert kills == 3
