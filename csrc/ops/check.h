@@ -3,9 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <sstream>
+#include <stdexcept>
 #include <string>
 
 namespace qk::ops {
@@ -28,7 +28,8 @@ inline std::string shape_of(const Tensor& t) {
 
 template <class Got>
 void check(bool ok, const char* op, const char* argument, const std::string& expected, const Got& got) {
-  STD_TORCH_CHECK(ok, op, ": ", argument, " must be ", expected, ", got ", text_of(got));
+  // Not STD_TORCH_CHECK: it would put this file and line before the sentence.
+  if (!ok) throw std::runtime_error(std::string(op) + ": " + argument + " must be " + expected + ", got " + text_of(got));
 }
 
 inline void check_float(const char* op, const char* argument, const Tensor& t) {
@@ -53,7 +54,7 @@ inline void check_shape(const char* op, const char* argument, const Tensor& t, s
 }
 
 inline void check_same_device(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.device() == x.device(), op, ": ", argument, " must be on the device of x, got another one");
+  check(t.device() == x.device(), op, argument, "on the device of x", "another one");
 }
 
 // float32 parameters of a kernel: on x's device, of the shape given, made contiguous if they are not.

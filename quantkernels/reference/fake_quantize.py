@@ -79,7 +79,8 @@ def fake_quantize_backward(
     """grad_x in the dtype of x, and float32 [C, 3]: sums of g below the range, of g above it, of g*(code -
     v) inside.
 
-    With the identity straight-through estimator, and for binary and ternary quantizers, the sums are zero.
+    With the identity straight-through estimator, and for binary and ternary quantizers, the sums are zero; the
+    last one is also zero with clip, which does not use it.
     """
     if kind != UNIFORM or ste == IDENTITY_STE:
         return grad.to(x.dtype), torch.zeros_like(grid)
@@ -92,10 +93,10 @@ def fake_quantize_backward(
     terms = [
         torch.where(below, g, 0.0),
         torch.where(above, g, 0.0),
-        torch.where(inside, g * (code - v), 0.0),
+        torch.where(inside, g * (code - v), 0.0) if ste == FULL_STE else torch.zeros_like(g),
     ]
     sums = torch.stack([channel_sum(term, axis) for term in terms], 1)
-    return (g * mask).to(x.dtype), sums
+    return torch.where(mask, g, 0.0).to(x.dtype), sums
 
 
 def differentiable_fake_quantize(

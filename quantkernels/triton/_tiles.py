@@ -21,7 +21,7 @@ from triton import knobs
 
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 
-# Triton contracts a*b + c into one rounding where it is allowed to (the default differs between its versions), and every
+# Triton contracts a*b + c into one rounding where it may (the default differs between its versions), and every
 # backend must round twice: this launch option of the CUDA backend forbids it in LLVM and in ptxas (--fmad=false).
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -84,7 +84,7 @@ def tiles_of(x: Tensor, axis: int | None) -> Tiles:
     outer, channels, inner = 1, 1, x.numel()
     if axis is not None:
         axis %= x.dim()
-        order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
         at = order.index(axis)
         channels = x.shape[axis]
         outer = math.prod(x.shape[d] for d in order[:at])

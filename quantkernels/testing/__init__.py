@@ -1,0 +1,19 @@
+"""What tests and benchmarks of the ops share: the backends, problems to run on them, and how results are compared."""
+
+from .backends import BACKENDS, Backend
+from .compare import assert_bit_equal, assert_sums_close, sum_tolerance
+from .inputs import AttentionProblem, Problem, attention_problems, lay_out, pairwise, problems
+
+__all__ = [
+    "BACKENDS",
+    "AttentionProblem",
+    "Backend",
+    "Problem",
+    "assert_bit_equal",
+    "assert_sums_close",
+    "attention_problems",
+    "lay_out",
+    "pairwise",
+    "problems",
+    "sum_tolerance",
+]

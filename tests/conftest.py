@@ -1,0 +1,48 @@
+"""Backends as a test parameter.
+
+A test that takes ``backend`` runs on every backend that can run here and has kernels for all of the ops that its
+module names in ``OPS``. tests/test_backend.py has one test a backend: for one that cannot run, or that lacks a family,
+that test is the single skip with the reason. The summary at the end counts the tests that passed on each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+from quantkernels.testing import BACKENDS, Backend
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        ops = getattr(metafunc.module, "OPS", ())
+        # The CPU runs every op: one that is missing there fails.
+        usable = [b for b in BACKENDS if b.missing is None and (b.name == "cpu" or b.has(*ops))]
+        metafunc.parametrize("backend", usable, ids=str)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    outcome = yield
+    callspec = getattr(item, "callspec", None)
+    backend = callspec.params.get("backend") if callspec else None
+    if isinstance(backend, Backend):
+        outcome.get_result().user_properties.append(("backend", backend.name))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    passed = Counter(
+        value
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == "backend" and report.when == "call"
+    )
+    if passed:
+        counts = ", ".join(f"{b.name} {passed[b.name]}" + (f" ({b.missing})" if b.missing else "") for b in BACKENDS)
+        terminalreporter.write_line(f"passed on each backend: {counts}")

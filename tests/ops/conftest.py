@@ -1,0 +1,16 @@
+"""Freshly allocated memory is filled with NaN (integers: their largest value), so an element that a kernel leaves out
+shows. The native kernels allocate through torch's dispatcher, so this holds for them too (tests/test_backend.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
