@@ -2,6 +2,15 @@
 
 from . import nn, ops
 from ._library import build_info
+from .checkpoint import (
+    CheckpointArchitectureError,
+    CheckpointError,
+    CheckpointVersionError,
+    CorruptCheckpointError,
+    load,
+    save,
+)
+from .convert import UnsupportedModuleError, convert, first_and_last, prepare, set_bits
 from .ops import backend
 from .quantizers import BWN, PACT, SAWB, TWN, Attention, BinaryRelax, Identity, MinMax, Quantizer
 
@@ -12,11 +21,22 @@ __all__ = [
     "TWN",
     "Attention",
     "BinaryRelax",
+    "CheckpointArchitectureError",
+    "CheckpointError",
+    "CheckpointVersionError",
+    "CorruptCheckpointError",
     "Identity",
     "MinMax",
     "Quantizer",
+    "UnsupportedModuleError",
     "backend",
     "build_info",
+    "convert",
+    "first_and_last",
+    "load",
     "nn",
     "ops",
+    "prepare",
+    "save",
+    "set_bits",
 ]

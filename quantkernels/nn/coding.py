@@ -116,9 +116,7 @@ def conv_on_floats(x: Tensor, weight: Tensor, geometry: Geometry, epilogue: Epil
     return affine(y, epilogue, -3)
 
 
-def linear_on_codes(
-    x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue
-) -> Tensor:
+def linear_on_codes(x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue) -> Tensor:
     """x [..., in_features], floating: encoded, multiplied exactly, one epilogue; in the dtype of x."""
     return ops.lowbit_linear(x, *activation, planes, *weight, **epilogue._asdict())
 

@@ -78,9 +78,7 @@ class QConv2d(QuantizedLayer, nn.Conv2d):
         """The float convolution that PackedConv2d runs."""
         return conv_on_floats(x, weight, self.geometry, epilogue)
 
-    def operation(
-        self, x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue
-    ) -> Tensor:
+    def operation(self, x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue) -> Tensor:
         """The convolution on codes that PackedConv2d runs."""
         return conv_on_codes(x, activation, planes, weight, self.geometry, epilogue)
 

@@ -62,9 +62,7 @@ class QuantizedLayer(nn.Module):
         return value if smooth is None or not smooth.requires_grad else Substitute.apply(value, smooth)
 
     def _wants_gradient(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (
-            x.requires_grad or any(p.requires_grad for p in self.parameters())
-        )
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def activation_coding(self, x: Tensor) -> Coding:
         """How x is encoded. Raises RuntimeError where it has no codes or no statistics yet."""
@@ -89,8 +87,6 @@ class QuantizedLayer(nn.Module):
         """f on a float activation and a decoded weight, as the packed layer computes it."""
         raise TypeError(f"{type(self).__name__} must define on_floats")
 
-    def operation(
-        self, x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue
-    ) -> Tensor:
+    def operation(self, x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue) -> Tensor:
         """f on codes, as the packed layer computes it."""
         raise TypeError(f"{type(self).__name__} must define operation")

@@ -53,9 +53,7 @@ class QLinear(QuantizedLayer, nn.Linear):
         """The float product that PackedLinear runs."""
         return linear_on_floats(x, weight, epilogue)
 
-    def operation(
-        self, x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue
-    ) -> Tensor:
+    def operation(self, x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue) -> Tensor:
         """The product on codes that PackedLinear runs."""
         return linear_on_codes(x, activation, planes, weight, epilogue)
 

@@ -75,6 +75,7 @@ class PackedLayer(nn.Module):
             plane_count(activation.kind, activation.levels)
             check_tensor("activation grid", activation.grid, torch.float32, (1, 3))
             self.activation_kind, self.activation_levels = int(activation.kind), int(activation.levels)
+        self.folded: str | None = None
         self.register_buffer("planes", planes)
         self.register_buffer("weight_grid", weight.grid)
         self.register_buffer("activation_grid", None if activation is None else activation.grid)
@@ -94,9 +95,7 @@ class PackedLayer(nn.Module):
                 was_training = layer.activation_quantizer.training
                 layer.activation_quantizer.eval()
                 try:
-                    activation = layer.activation_coding(
-                        layer.weight
-                    )  # eval grids do not depend on the tensor
+                    activation = layer.activation_coding(layer.weight)  # eval grids do not depend on the tensor
                 finally:
                     layer.activation_quantizer.train(was_training)
                 activation = activation._replace(grid=activation.grid.clone())
@@ -128,11 +127,7 @@ class PackedLayer(nn.Module):
     @property
     def activation_bits(self) -> int | None:
         """Bits of an input code, None where the input stays floating."""
-        return (
-            None
-            if self.activation_grid is None
-            else plane_count(self.activation_kind, self.activation_levels)
-        )
+        return None if self.activation_grid is None else plane_count(self.activation_kind, self.activation_levels)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

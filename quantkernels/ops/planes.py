@@ -13,8 +13,8 @@ from .. import ops
 def to_rows(x: Tensor, axis: int | None = None) -> Tensor:
     """x as [rows, n]: a row is one index of `axis` (of dimension 0 where axis is None), a vector is one row.
 
-    The rest of a row keeps its order, except that of a 4-d tensor with three dimensions left, which is (h, w, c): the order
-    of the packed format for convolution weights.
+    The rest of a row keeps its order, except that of a 4-d tensor with three dimensions left, which is (h, w, c): the
+    order of the packed format for convolution weights.
     """
     if x.dim() == 0 or (x.dim() == 1 and axis is None):
         return x.reshape(1, -1)
@@ -41,9 +41,9 @@ def from_rows(rows: Tensor, shape: torch.Size, axis: int | None = None) -> Tenso
 class BitPlanes:
     """The codes of a tensor, packed, and the grid that gives them values: x ~ offset + step * code.
 
-    planes: int32 [bits, rows, words], most significant plane first (docs/formats.md). grid: float32 [1, 3] or [rows, 3].
-    kind, levels: as the ops take them. shape, dtype: of the tensor that was encoded. axis: the dimension of the rows, None
-    for one grid a tensor (its rows are dimension 0).
+    planes: int32 [bits, rows, words], most significant plane first (docs/formats.md). grid: float32 [1, 3] or [rows,
+    3]. kind, levels: as the ops take them. shape, dtype: of the tensor that was encoded. axis: the dimension of the
+    rows, None for one grid a tensor (its rows are dimension 0).
     """
 
     planes: Tensor
@@ -76,7 +76,8 @@ class BitPlanes:
         return from_rows(ops.unpack_bitplanes(self.planes, self.kind, row_length), self.shape, self.axis)
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
-        """offset + step * code in the tensor's shape: float32 arithmetic, one rounding to dtype (default: as encoded)."""
+        """offset + step * code in the tensor's shape: float32 arithmetic, one rounding to dtype (default: as
+        encoded)."""
         codes = self.codes()
         shape = [1] * codes.dim()
         if self.axis is not None:

@@ -96,9 +96,7 @@ class Quantizer(nn.Module):
 
     def reads_batch(self, x: Tensor) -> bool:
         """Whether `grid(x)` will look at x rather than at what is stored."""
-        return not self.learned and (
-            not self.tracking or self.updates(x) or (self.training and not self.calibrated)
-        )
+        return not self.learned and (not self.tracking or self.updates(x) or (self.training and not self.calibrated))
 
     def grid(self, x: Tensor, stats: Tensor | None = None, update: bool = True) -> Tensor:
         """The grid to quantize x with, float32 [C, 3]; differentiable where it is learned.
@@ -147,6 +145,22 @@ class Quantizer(nn.Module):
         """
         return BitPlanes.encode(x, self.grid(x, update=False).detach(), self.kind, self.levels, self.axis)
 
+    def check_bits(self, bits: int) -> None:
+        """Raises ValueError unless `set_bits(bits)` is possible."""
+        if bits != self.bits:
+            raise ValueError(f"set_bits: {type(self).__name__} has {self.bits} bits and cannot have {bits}")
+
+    def set_bits(self, bits: int) -> None:
+        """Change the number of levels and keep the range, that of running statistics too; ValueError if
+        impossible."""
+        self.check_bits(bits)
+
+    def _set_uniform_levels(self, bits: int) -> None:
+        levels = uniform_levels(type(self).__name__, bits)
+        if self.running_grid is not None:
+            self.running_grid[:, 1] *= self.levels / levels
+        self.bits, self.levels = bits, levels
+
     def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -156,8 +170,12 @@ class Quantizer(nn.Module):
 
         return super()._apply(keep_dtype, recurse)  # type: ignore[return-value]
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, *rest: Any
+    ) -> None:
+        if prefix and not any(key.startswith(prefix) for key in state_dict):
+            missing_keys = []  # a float network's state dict: the quantizer keeps what it was made with
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         if self.running_grid is not None and prefix + "running_grid" in state_dict:
             self.calibrated = not bool(self.running_grid.isnan().any())
 

@@ -27,6 +27,14 @@ class MinMax(Quantizer):
         assert stats is not None
         return minmax_grids(stats, self.levels)
 
+    def check_bits(self, bits: int) -> None:
+        """Raises ValueError unless bits is an int from 1 to 8."""
+        uniform_levels("set_bits", bits)
+
+    def set_bits(self, bits: int) -> None:
+        """Change the number of levels and keep the range."""
+        self._set_uniform_levels(bits)
+
 
 def minmax_grids(stats: Tensor, levels: int | Tensor) -> Tensor:
     """Grids [C, 3] for one `levels`, or [K, C, 3] for K of them (a float32 tensor [K, 1]), from stats [C,

@@ -33,9 +33,7 @@ def share_alpha(name: str, members: Sequence[Quantizer]) -> None:
     for q in pacts[1:]:
         if not torch.equal(q.alpha.detach().cpu(), pacts[0].alpha.detach().cpu()):
             values = [p.alpha.item() for p in pacts]
-            raise ValueError(
-                f"{name}: PACT members share one alpha and must start from the same, got {values}"
-            )
+            raise ValueError(f"{name}: PACT members share one alpha and must start from the same, got {values}")
         q.alpha = pacts[0].alpha
 
 
@@ -73,9 +71,7 @@ class Mixture(Quantizer):
         self._stes = [q.ste for q in members]
         # The commonest mixture gets all its grids from the statistics in one go.
         self._all_minmax = all(type(q) is MinMax for q in members)
-        self.register_buffer(
-            "level_counts", level_tensor([max(n, 1) for n in self._levels]), persistent=False
-        )
+        self.register_buffer("level_counts", level_tensor([max(n, 1) for n in self._levels]), persistent=False)
 
     @property
     def members(self) -> list[Quantizer]:
@@ -100,6 +96,17 @@ class Mixture(Quantizer):
         self.choice = index
         member = self.members[max(index, 0)]
         self.bits, self.kind, self.levels, self.ste = member.bits, member.kind, member.levels, member.ste
+
+    def check_bits(self, bits: int) -> None:
+        """Raises ValueError unless one of the quantizers has that many bits."""
+        if bits not in [q.bits for q in self.members]:
+            available = sorted({q.bits for q in self.members})
+            raise ValueError(f"set_bits: {type(self).__name__} has quantizers of {available} bits, not of {bits}")
+
+    def set_bits(self, bits: int) -> None:
+        """Select the first quantizer of that many bits."""
+        self.check_bits(bits)
+        self.select([q.bits for q in self.members].index(bits))
 
     def track(self, momentum: float = 0.1) -> Mixture:
         """Keep running averages in each statistics-based member."""

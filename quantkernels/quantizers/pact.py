@@ -45,6 +45,15 @@ class PACT(ScaledGrid):
             return self.scaled(self.alpha[:, None])
         return self.scaled(self.alpha.clamp(min=ALPHA_FLOOR)[:, None])
 
+    def check_bits(self, bits: int) -> None:
+        """Raises ValueError unless bits is an int from 1 to 8."""
+        uniform_levels("set_bits", bits)
+
+    def set_bits(self, bits: int) -> None:
+        """Change the number of levels and keep the range."""
+        self._set_uniform_levels(bits)
+        self.divisor[:, 1] = float(self.levels)
+
     def extra_repr(self) -> str:
         """The arguments, as they would be written, with alpha as it is now."""
         alpha = "meta" if self.alpha.is_meta else f"{self.alpha.item():.4g}"

@@ -57,9 +57,7 @@ class SAWB(ScaledGrid):
         if c1 + c2 > 0:  # E|x| <= sqrt(E[x^2]), so a >= 0 and the fit fails only with 4 bits
             return fit
         on_host = fit.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_host and bool(
-            (fit > 0).all()
-        ):  # reading the value is free there; a device would have to wait for it
+        if on_host and bool((fit > 0).all()):  # reading the value is free there; a device would have to wait for it
             return fit
         return torch.where(fit > 0, fit, self._search(x, stats))
 
@@ -71,6 +69,15 @@ class SAWB(ScaledGrid):
         candidates = largest * ratio**self.exponents
         errors = ops.range_errors(x, candidates, self.levels, self.axis)
         return candidates.gather(1, errors.argmin(1, keepdim=True))
+
+    def check_bits(self, bits: int) -> None:
+        """Raises ValueError unless bits is an int from 1 to 8."""
+        uniform_levels("set_bits", bits)
+
+    def set_bits(self, bits: int) -> None:
+        """Change the number of levels and keep the range."""
+        self._set_uniform_levels(bits)
+        self.divisor[:, 1] = self.levels / 2.0
 
     def extra_repr(self) -> str:
         """The arguments, as they would be written."""

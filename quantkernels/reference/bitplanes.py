@@ -39,9 +39,7 @@ def pack_bitplanes(codes: Tensor, kind: int, levels: int) -> Tensor:
     """uint8 codes [rows, n] -> int32 [bits, rows, ceil(n/32)]: element i is bit i % 32 of word i // 32."""
     rows, n = codes.shape
     words = (n + WORD - 1) // WORD
-    planes = torch.zeros(
-        plane_count(kind, levels), rows, words * WORD, dtype=torch.int64, device=codes.device
-    )
+    planes = torch.zeros(plane_count(kind, levels), rows, words * WORD, dtype=torch.int64, device=codes.device)
     for index, bits in enumerate(plane_bits(codes, kind, levels)):
         planes[index, :, :n] = bits.long()
     weights = 1 << torch.arange(WORD, dtype=torch.int64, device=codes.device)
@@ -62,9 +60,7 @@ def unpack_bitplanes(planes: Tensor, kind: int, n: int) -> Tensor:
     return value.to(torch.uint8)
 
 
-def quantize_pack(
-    x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | None = None
-) -> tuple[Tensor, Tensor]:
+def quantize_pack(x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
     """x [rows, n], axis None or 0 -> planes int32 [bits, rows, words] and the set bits of each, int32 [bits,
     rows]."""
     codes = encode(x, grid, kind, levels, axis)

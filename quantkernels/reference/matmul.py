@@ -40,9 +40,7 @@ def epilogue(
     dot, activation_sum, weight_sum, count = (value.float() for value in sums)
     offset_a, step_a = x_grid[0, 0], x_grid[0, 1]
     offset_w, step_w, _ = columns_of(w_grid, dot, None if w_grid.shape[0] == 1 else channel_axis)
-    y = step_a * (step_w * dot + offset_w * activation_sum) + offset_a * (
-        step_w * weight_sum + offset_w * count
-    )
+    y = step_a * (step_w * dot + offset_w * activation_sum) + offset_a * (step_w * weight_sum + offset_w * count)
     shape = [1] * y.dim()
     shape[channel_axis] = y.shape[channel_axis]
     if bias is not None:

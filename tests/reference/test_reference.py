@@ -76,9 +76,7 @@ def test_explicit_backward_agrees_with_autograd(ste, axis):
 def test_attention_one_hot_is_the_member_and_gradients_agree_with_autograd():
     torch.manual_seed(1)
     x = torch.randn(3, 40, requires_grad=True)
-    grids = torch.tensor(
-        [[[-1.0, 0.66, 0]], [[-0.8, 1.6, 0]], [[-1.1, 1.1, 0.4]], [[0, 0, 0]]]
-    ).requires_grad_()
+    grids = torch.tensor([[[-1.0, 0.66, 0]], [[-0.8, 1.6, 0]], [[-1.1, 1.1, 0.4]], [[0, 0, 0]]]).requires_grad_()
     kinds, levels, stes = [0, 1, 2, 3], [3, 1, 2, 0], [2, 0, 0, 0]
     for k in range(3):
         one_hot = torch.zeros(4)
