@@ -83,6 +83,9 @@ def report(
 ) -> None:
     """Write one HTML page with the tables and plots of some runs."""
     with friendly_errors():
+        for folder in runs:
+            if not folder.is_dir():
+                raise UserError(f"there is no run in {folder}")
         from training.report import write_report
 
         write_report(runs, out)

@@ -91,7 +91,10 @@ def seed_everything(seed: int) -> None:
     """Seed python's, numpy's and torch's generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # torch.manual_seed would note a stack trace each time, for GPUs that might appear
+        torch.default_generator.manual_seed(seed)
 
 
 def build_optimizer(config: Config, algorithm: Algorithm, model: nn.Module) -> torch.optim.Optimizer:

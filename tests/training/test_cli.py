@@ -54,6 +54,7 @@ def test_run_and_resume(recipe, tmp_path):
         (["run", "tiny.toml", "--set", "model.name=vgg"], "model.name = 'vgg' is not known"),
         (["run", "tiny.toml", "--resume"], "there is no run in runs/tiny to resume"),
         (["run", "tiny.toml", "--out", "/proc/none"], "/proc/none"),
+        (["report", "no-such-run"], "there is no run in no-such-run"),
     ],
 )
 def test_mistakes_are_one_sentence(recipe, args, message):
