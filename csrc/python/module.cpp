@@ -2,11 +2,69 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "cpu/isa.h"
+#include "cpu/peaks.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// The loops run without the interpreter's lock, so that Python threads measure several cores at once.
+template <class Run>
+py::tuple timed(const Run& run) {
+  qk::cpu::PeakRun result{};
+  {
+    const py::gil_scoped_release release;
+    result = run();
+  }
+  return py::make_tuple(result.begin, result.end, result.operations);
+}
+
+py::tuple peak(const std::string& unit, int64_t rounds) {
+  using qk::cpu::Unit;
+  if (unit != "fp32" && unit != "int8" && unit != "popcount")
+    throw std::invalid_argument("peak: unit must be fp32, int8 or popcount, got " + unit);
+  const Unit which = unit == "fp32" ? Unit::kFp32 : unit == "int8" ? Unit::kInt8 : Unit::kPopcount;
+  return timed([&] { return qk::cpu::run_peak(which, rounds); });
+}
+
+size_t lines_of(const char* argument, const py::buffer_info& info) {
+  constexpr size_t kLine = 64;
+  const size_t bytes = static_cast<size_t>(info.size * info.itemsize);
+  if (bytes % kLine != 0 || reinterpret_cast<uintptr_t>(info.ptr) % kLine != 0)
+    throw std::invalid_argument(std::string(argument) + " must be aligned to 64 bytes and a multiple of them long");
+  return bytes;
+}
+
+py::tuple read_stream(const py::buffer& source, int64_t repeats) {
+  const py::buffer_info from = source.request();
+  const size_t bytes = lines_of("read_stream: source", from);
+  return timed([&] { return qk::cpu::run_read(from.ptr, bytes, repeats); });
+}
+
+py::tuple copy_stream(const py::buffer& destination, const py::buffer& source, int64_t repeats, bool bypass) {
+  const py::buffer_info to = destination.request(true), from = source.request();
+  const size_t bytes = lines_of("copy_stream: source", from);
+  if (lines_of("copy_stream: destination", to) != bytes)
+    throw std::invalid_argument("copy_stream: destination must have the size of source");
+  return timed([&] { return qk::cpu::run_copy(to.ptr, from.ptr, bytes, repeats, bypass); });
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Facts about the build and this processor";
-  m.def("cpu_isa", [] { return std::string(qk::cpu::name_of(qk::cpu::chosen_isa())); }, "The instruction set whose kernels run here");
+  m.def(
+      "cpu_isa", [] { return std::string(qk::cpu::name_of(qk::cpu::chosen_isa())); },
+      "The instruction set whose kernels run here");
+  m.def("peak", &peak, py::arg("unit"), py::arg("rounds"),
+        "(begin, end, operations) of a loop of nothing but the unit's instruction: fp32, int8 or popcount");
+  m.def("read_stream", &read_stream, py::arg("source"), py::arg("repeats"), "(begin, end, bytes) of reading a buffer");
+  m.def("copy_stream", &copy_stream, py::arg("destination"), py::arg("source"), py::arg("repeats"), py::arg("bypass"),
+        "(begin, end, bytes read and written) of copying a buffer; bypass: around the caches where that is possible");
   m.attr("version") = QK_VERSION;
   m.attr("torch_target") = QK_TORCH_TARGET;
   m.attr("compiler") = QK_COMPILER;
