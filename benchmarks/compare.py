@@ -1,0 +1,98 @@
+"""One op and its rivals, measured in turns, so that what disturbs the machine disturbs them alike."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+OURS = "quantkernels"
+SLOW = 0.02  # seconds: from here on, caches warmed by an untimed call make no difference
+MOST_ROUNDS = 200
+
+
+@dataclass
+class Times:
+    """Seconds of each call of one contestant."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range, as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = quantiles(self.seconds, n=4)
+        return (high - low) / self.median
+
+
+def compare(benchmark: Any, contestants: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, Times]:
+    """Time `OURS` with pytest-benchmark's fixture, and before each of its rounds the others, in rotating order.
+
+    Every timed call of less than 20 ms follows an untimed one of its own, so each finds the caches as it leaves them.
+    Results are dropped inside the timed call: each call allocates its outputs anew, as eager code does. budget: seconds
+    for all together, warm-up and compilation apart; a contestant gets its even share, but at least three calls.
+    """
+    costs = {name: warm_up(run) for name, run in contestants.items()}
+    share = budget / len(contestants)
+    turns = {name: round(min(MOST_ROUNDS, max(3 if cost > 0.3 else 5, share / cost))) for name, cost in costs.items()}
+    rounds = turns[OURS]
+    rivals = [name for name in contestants if name != OURS]
+    times = {name: Times([]) for name in contestants}
+    done = 0
+
+    def run_rivals() -> None:
+        nonlocal done
+        for i in range(len(rivals)):
+            name = rivals[(i + done) % len(rivals)]
+            every = max(1, rounds // turns[name])
+            if done % every == 0:
+                times[name].seconds.append(timed(contestants[name], costs[name]))
+        if costs[OURS] < SLOW:
+            contestants[OURS]()
+        done += 1
+
+    def ours() -> None:
+        contestants[OURS]()
+
+    with no_collection():
+        benchmark.pedantic(ours, setup=run_rivals, rounds=rounds)
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        times[OURS] = Times(list(benchmark.stats.stats.data))
+    return times
+
+
+def warm_up(run: Callable[[], Any]) -> float:
+    """Seconds that a turn of `run` will take; compiles what it has to."""
+    run()
+    cost = timed(run, SLOW)
+    return cost if cost >= SLOW else 2 * min(cost, *(timed(run, SLOW) for _ in range(3)))
+
+
+def timed(run: Callable[[], Any], cost: float) -> float:
+    """Seconds of one call, after an untimed one if calls are short."""
+    if cost < SLOW:
+        run()
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without the garbage collector: what its pauses hit is chance."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,140 @@
+"""The benchmarks run, judge and render what they measure; how fast anything is is not tested here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import limits, render, store
+from benchmarks.compare import OURS, Times, compare
+from benchmarks.goals import Faster, OfPeak, PerCore, Within
+from benchmarks.workloads import workloads
+from quantkernels._lib import _host
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = {"stats", "fake_quantize", "attention", "bitplanes", "matmul", "conv", "end_to_end"}
+
+
+def test_readme_without_markers_is_refused(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing here")
+    with pytest.raises(ValueError, match="must have one"):
+        render.replace_between(readme, "text")
+    assert readme.read_text() == "nothing here"
+
+
+def test_each_family_has_its_file_and_names_are_unique() -> None:
+    for quick in (False, True):
+        found = workloads(quick)
+        assert {w.family for w in found} == FAMILIES
+        assert len({w.name for w in found}) == len(found)
+    assert {p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks").glob("bench_*.py")} == FAMILIES
+
+
+class PedanticStub:
+    """As much of pytest-benchmark's fixture as `compare` uses."""
+
+    stats: Any = None
+
+    def pedantic(self, target: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            target()
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[1.0] * rounds))
+
+
+def test_contestants_take_turns() -> None:
+    calls: list[str] = []
+    names = (OURS, "first", "second")
+    contestants = {name: lambda name=name: calls.append(name) for name in names}
+    times = compare(PedanticStub(), contestants, budget=1e-9)
+    assert {name: len(t.seconds) for name, t in times.items()} == dict.fromkeys(names, 5)
+    turns = calls[-5 * 6 :]  # after warm-up: five rounds of an untimed and a timed call each
+    for i in range(5):
+        one_round = turns[6 * i : 6 * i + 6]
+        assert one_round[0::2] == one_round[1::2] and set(one_round) == set(names)
+        assert one_round[-1] == OURS
+    assert turns[0] != turns[6]  # the rivals' order rotates
+
+
+def test_goals() -> None:
+    entry = {"seconds": {OURS: 2.0, "rival": 5.0}, "limit_seconds": 1.8, "operations": 8e12}
+    bounds = {"threads": 2}
+    assert Faster("rival", 2.5).judge(entry, bounds) == (2.5, True)
+    assert Faster("rival", 2.6).judge(entry, bounds) == (2.5, False)
+    assert Within("rival", 0.4).judge(entry, bounds) == (0.4, True)
+    assert Within("rival", 0.3).judge(entry, bounds) == (0.4, False)
+    assert OfPeak(0.9).judge(entry, bounds) == (90.0, True)
+    assert PerCore(2.1).judge(entry, bounds) == (2.0, False)
+    assert Faster("absent", 1).judge(entry, bounds) is None
+
+
+def test_entry_keeps_what_was_measured_and_its_limit() -> None:
+    (workload,) = [w for w in workloads() if w.name == "dqa_2_4_8-2^20-float32-tensor"]
+    times = {name: Times([s]) for name, s in ((OURS, 1e-3), ("copy_", 1e-4), ("eager", 2e-2))}
+    found = store.entry(workload, times, {"threads": 2})
+    assert found["limit_seconds"] == pytest.approx(3e-4)  # six passes, a copy makes two
+    assert found["goals"] == [{"goal": "≥ 30 x eager", "value": 20.0, "met": False}]
+
+
+def test_runs_are_merged() -> None:
+    known = ["a", "b"]
+    old = store.merge(None, {}, {"date": "day 1"}, {"a": {"value": 1}, "b": {"value": 1}, "gone": {}}, known)
+    assert list(old["results"]) == known
+    new = store.merge(old, {}, {"date": "day 2"}, {"b": {"value": 2}}, known)
+    assert new["results"] == {"a": {"value": 1, "run": "day 1"}, "b": {"value": 2, "run": "day 2"}}
+    assert set(new["runs"]) == {"day 1", "day 2"}
+    last = store.merge(new, {}, {"date": "day 3"}, {"a": {}, "b": {}}, known)
+    assert set(last["runs"]) == {"day 3"}
+
+
+def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
+    data = store.merge(None, {"cpu": "x"}, {"date": "day 1"}, {"a": {"goal": "≥ 1"}}, ["a"])
+    path = tmp_path / "deeper" / "machine.json"
+    store.write(path, data)
+    assert store.read(path) == data
+    assert json.loads(path.read_text()) == data
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}'])
+def test_unreadable_results_are_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"machine\.json.*move it away"):
+        store.read(path)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_limits_are_measured_with_each_instruction_set(isa: str) -> None:
+    code = "from benchmarks import limits; print(min(limits.measure(threads=2, quick=True).values()))"
+    environment = {**os.environ, "QK_CPU_ISA": isa}  # one that this processor lacks falls back to what it has
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) > 0
+
+
+def test_peak_loops_refuse_what_they_cannot_measure() -> None:
+    with pytest.raises(ValueError, match="unit must be fp32, int8 or popcount, got int4"):
+        _host.peak("int4", 1)
+    buffer = limits.aligned(4096)
+    with pytest.raises(ValueError, match="aligned to 64 bytes"):
+        _host.read_stream(buffer[1:65], 1)
+    with pytest.raises(ValueError, match="size of source"):
+        _host.copy_stream(buffer, limits.aligned(64), 1, False)
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_copying_copies(bypass: bool) -> None:
+    source, target = limits.aligned(4096 + 192), limits.aligned(4096 + 192)
+    source[:] = np.arange(len(source)) % 251
+    _, _, moved = _host.copy_stream(target, source, 1, bypass)
+    assert np.array_equal(source, target) and moved == 2 * len(source)
