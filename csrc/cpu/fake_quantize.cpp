@@ -2,111 +2,85 @@
 
 #include "cpu/fake_quantize.h"
 
-#include "cpu/traverse.h"
+#include "cpu/grid.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 namespace {
 
-// A grid as vectors: the same in every lane, or one channel a lane.
-struct GridVec {
-  Vec offset, step, inverse, threshold;
-};
-
-template <Kind kKind>
-inline Vec code_of(Vec x, Vec position, const GridVec& grid, Vec levels) {
-  const Vec zero = splat(0.0f), one = splat(1.0f);
-  if constexpr (kKind == Kind::kUniform) {
-    return round_to_even(clamp_code(position, levels));
-  } else if constexpr (kKind == Kind::kBinary) {
-    return keep(less_equal(zero, x), one);
-  } else {
-    return keep(less(zero - grid.threshold, x), one) + keep(less(grid.threshold, x), one);
-  }
-}
-
-// Parameter tables: one entry a channel, or a column when lanes differ.
-class GridTables {
- public:
-  GridTables(const Layout& layout, const Walk& walk, const float* grid)
-      : offset_(expand(layout, walk, [&](int64_t c) { return grid[c * kGridColumns]; })),
-        step_(expand(layout, walk, [&](int64_t c) { return grid[c * kGridColumns + 1]; })),
-        inverse_(expand(layout, walk, [&](int64_t c) { return inverse_step(grid[c * kGridColumns + 1]); })),
-        threshold_(expand(layout, walk, [&](int64_t c) { return grid[c * kGridColumns + 2]; })) {}
-
-  GridVec broadcast(int64_t c) const { return {splat(offset_[c]), splat(step_[c]), splat(inverse_[c]), splat(threshold_[c])}; }
-  GridVec at(int64_t i) const { return {load(&offset_[i]), load(&step_[i]), load(&inverse_[i]), load(&threshold_[i])}; }
-  GridVec at(int64_t i, int n) const {
-    return {load(&offset_[i], n), load(&step_[i], n), load(&inverse_[i], n), load(&threshold_[i], n)};
-  }
-
- private:
-  std::vector<float> offset_, step_, inverse_, threshold_;
-};
-
-template <Kind kKind>
-struct Forward : GridTables {
-  Forward(const FakeQuantizeArgs& args, const Walk& walk)
-      : GridTables(args.layout, walk, args.grid), levels(splat(static_cast<float>(args.levels))) {}
-
-  Vec operator()(Vec x, const GridVec& grid) const {
-    const Vec position = (x - grid.offset) * grid.inverse;
-    return grid.offset + grid.step * code_of<kKind>(x, position, grid, levels);
-  }
-
+template <Kind kKind, class T>
+struct Forward {
+  static constexpr int kSums = 0;
+  const T* x;
+  T* out;
   Vec levels;
+
+  template <class Field>
+  GridVec params(Field field) const { return grid_params(field); }
+
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
+    store(out + i, grid.offset + grid.step * code_of<kKind>(load(x + i, lanes), grid, levels), lanes);
+  }
 };
 
-template <Ste kSte>
-struct Backward : GridTables {
-  Backward(const FakeQuantizeArgs& args, const Walk& walk)
-      : GridTables(args.layout, walk, args.grid), levels(splat(static_cast<float>(args.levels))) {}
+template <Ste kSte, class T>
+struct Backward {
+  static constexpr int kSums = kSte == Ste::kFull ? 3 : kSte == Ste::kClip ? 2 : 0;  // below, above, inside
+  const T* grad;
+  const T* x;
+  T* out;
+  Vec levels;
 
-  Vec operator()(Vec g, Vec x, const GridVec& grid, Vec (&sums)[3]) const {
-    if constexpr (kSte == Ste::kIdentity) return g;
-    const Vec zero = splat(0.0f);
-    const Vec position = (x - grid.offset) * grid.inverse;
-    const Vec below = keep(less(position, zero), g), above = keep(less_equal(levels, position), g);
-    sums[0] = sums[0] + below;
-    sums[1] = sums[1] + above;
+  template <class Field>
+  GridVec params(Field field) const { return grid_params(field); }
+
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec* sums) const {
+    const Vec g = load(grad + i, lanes), zero = splat(0.0f);
+    if constexpr (kSte == Ste::kIdentity) return store(out + i, g, lanes);
+    const Vec position = position_of(load(x + i, lanes), grid);
+    sums[0] = sums[0] + keep(less(position, zero), g);
+    sums[1] = sums[1] + keep(less_equal(levels, position), g);
     if constexpr (kSte == Ste::kFull) {
       // Outside the range the clamped position is a whole number, so this term vanishes there by itself.
       const Vec clamped = clamp_code(position, levels);
       sums[2] = multiply_add(g, round_to_even(clamped) - clamped, sums[2]);
     }
-    return keep(both(less_equal(zero, position), less_equal(position, levels)), g);
+    store(out + i, keep(both(less_equal(zero, position), less_equal(position, levels)), g), lanes);
   }
-
-  Vec levels;
 };
 
 }  // namespace
 
 void fake_quantize_forward(const FakeQuantizeArgs& args) {
   const Walk walk = walk_of(args.layout);
+  const ChannelTable table = grid_table(args.layout, walk, args.grid);
+  const Vec levels = splat(static_cast<float>(args.levels));
   with_type(args.dtype, [&]<class T>(T*) {
-    const auto run = [&](const auto& op) {
-      map_elements(args.layout, walk, op, static_cast<const T*>(args.x), static_cast<T*>(args.out));
-    };
-    switch (args.kind) {
-      case Kind::kUniform: return run(Forward<Kind::kUniform>(args, walk));
-      case Kind::kBinary: return run(Forward<Kind::kBinary>(args, walk));
-      case Kind::kTernary: return run(Forward<Kind::kTernary>(args, walk));
-      case Kind::kIdentity: return;  // refused by csrc/ops
-    }
+    with_kind(args.kind, [&]<Kind kKind>() {
+      traverse(args.layout, walk, table, Forward<kKind, T>{static_cast<const T*>(args.x), static_cast<T*>(args.out), levels});
+    });
   });
 }
 
 void fake_quantize_backward(const FakeQuantizeArgs& args) {
   const Walk walk = walk_of(args.layout);
+  const ChannelTable table = grid_table(args.layout, walk, args.grid);
+  const Vec levels = splat(static_cast<float>(args.levels));
   with_type(args.dtype, [&]<class T>(T*) {
-    const auto run = [&](const auto& op) {
-      map_and_reduce<3>(args.layout, walk, op, static_cast<const T*>(args.grad), static_cast<const T*>(args.x),
-                        static_cast<T*>(args.out), args.sums);
+    const auto run = [&]<Ste kSte>() {
+      using Op = Backward<kSte, T>;
+      const std::vector<double> totals =
+          traverse(args.layout, walk, table, Op{static_cast<const T*>(args.grad), static_cast<const T*>(args.x),
+                                                static_cast<T*>(args.out), levels});
+      for (int64_t c = 0; c < args.layout.channels; ++c)
+        for (int s = 0; s < 3; ++s)
+          args.sums[c * 3 + s] = s < Op::kSums ? static_cast<float>(totals[s * args.layout.channels + c]) : 0.0f;
     };
     switch (args.ste) {
-      case Ste::kIdentity: return run(Backward<Ste::kIdentity>(args, walk));
-      case Ste::kClip: return run(Backward<Ste::kClip>(args, walk));
-      case Ste::kFull: return run(Backward<Ste::kFull>(args, walk));
+      case Ste::kIdentity: return run.template operator()<Ste::kIdentity>();
+      case Ste::kClip: return run.template operator()<Ste::kClip>();
+      case Ste::kFull: return run.template operator()<Ste::kFull>();
     }
   });
 }

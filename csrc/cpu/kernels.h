@@ -6,8 +6,17 @@
 namespace qk::cpu {
 
 struct Kernels {
+  void (*channel_stats)(const StatsArgs&);
+  void (*conditional_abs_mean)(const ConditionalMeanArgs&);
+  void (*range_errors)(const RangeErrorsArgs&);
   void (*fake_quantize_forward)(const FakeQuantizeArgs&);
   void (*fake_quantize_backward)(const FakeQuantizeArgs&);
+  void (*attention_quantize_forward)(const AttentionArgs&);
+  void (*attention_quantize_backward)(const AttentionArgs&);
+  void (*encode)(const EncodeArgs&);
+  void (*pack_bitplanes)(const PackArgs&);
+  void (*unpack_bitplanes)(const UnpackArgs&);
+  void (*quantize_pack)(const QuantizePackArgs&);
   void (*lowbit_linear)(const LowbitArgs&);
   void (*lowbit_conv2d)(const LowbitArgs&);
 };

@@ -29,6 +29,7 @@ struct BFloat16 {
 #if defined(__AVX512F__)
 
 inline constexpr int kLanes = 16;
+inline constexpr int kRegisters = 32;
 struct Vec {
   __m512 v;
 };
@@ -49,15 +50,17 @@ inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask either(Mask a, Mask b) { return a | b; }
 inline Vec keep(Mask m, Vec a) { return {_mm512_maskz_mov_ps(m, a.v)}; }  // a where m, else 0
 inline Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
-inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+// Not the sum with a magic number: one instruction, and right for every float.
+inline Vec round_to_even(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline Vec from_bfloat16(__m256i b) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))}; }
 inline Vec load(const BFloat16* p) { return from_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
-inline Vec load(const Half* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
-inline Vec load(const BFloat16* p, int n) { return from_bfloat16(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+inline Vec load(const Half* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
+inline Vec load(const BFloat16* p, int n) { return from_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
 inline __m256i to_half(Vec a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // Not vcvtneps2bf16: that instruction flushes subnormals.
@@ -71,20 +74,34 @@ inline __m256i to_bfloat16(Vec a) {
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(Half* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(a)); }
 inline void store(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(a)); }
-inline void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
-inline void store(Half* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), to_half(a)); }
-inline void store(BFloat16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bfloat16(a)); }
-// Codes 0..255, whole numbers; NaN becomes 0.
-inline void store_codes(uint8_t* p, Vec a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(keep(less_equal(a, a), a).v)));
-}
-inline void store_codes(uint8_t* p, Vec a, int n) {
-  _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(keep(less_equal(a, a), a).v)));
+inline void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
+inline void store(Half* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_half(a)); }
+inline void store(BFloat16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bfloat16(a)); }
+// Codes from values in [0, 255]: rounded to the nearest, ties to even; NaN becomes 0 (the low byte of the integer indefinite).
+inline __m128i to_codes(Vec a) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)); }
+inline void store_codes(uint8_t* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_codes(a)); }
+inline void store_codes(uint8_t* p, Vec a, int n) { _mm_mask_storeu_epi8(p, first_lanes(n), to_codes(a)); }
+
+// As many codes as one register holds, and one bit of each of them as a word.
+inline constexpr int kBytes = 64;
+struct Bytes {
+  __m512i v;
+};
+using Word = uint64_t;
+
+inline Word first_bytes(int n) { return n == kBytes ? ~Word{0} : (Word{1} << n) - 1; }
+inline Bytes load_bytes(const uint8_t* p, int n) { return {_mm512_maskz_loadu_epi8(first_bytes(n), p)}; }
+inline void store_bytes(uint8_t* p, Bytes a, int n) { _mm512_mask_storeu_epi8(p, first_bytes(n), a.v); }
+inline Bytes zero_bytes() { return {_mm512_setzero_si512()}; }
+inline Word bits_at(Bytes a, int bit) { return _mm512_test_epi8_mask(a.v, _mm512_set1_epi8(static_cast<char>(1 << bit))); }
+inline Bytes add_where(Bytes a, Word where, int weight) {
+  return {_mm512_mask_add_epi8(a.v, where, a.v, _mm512_set1_epi8(static_cast<char>(weight)))};
 }
 
 #elif defined(__AVX2__)
 
 inline constexpr int kLanes = 8;
+inline constexpr int kRegisters = 16;
 struct Vec {
   __m256 v;
 };
@@ -104,6 +121,10 @@ inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
 inline Vec keep(Mask m, Vec a) { return {_mm256_and_ps(m, a.v)}; }
 inline Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+inline Vec round_to_even(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Mask first_lanes(int n) {
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+}
 
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
@@ -124,15 +145,38 @@ inline void store(BFloat16* p, Vec a) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
+// The integer indefinite that a NaN becomes saturates to 0 on its way to a byte.
 inline void store_codes(uint8_t* p, Vec a) {
-  alignas(32) int32_t codes[kLanes];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(codes), _mm256_cvtps_epi32(keep(less_equal(a, a), a).v));
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(codes[i]);
+  const __m256i codes = _mm256_cvtps_epi32(a.v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+
+inline constexpr int kBytes = 32;
+struct Bytes {
+  __m256i v;
+};
+using Word = uint32_t;
+
+inline Bytes load_bytes(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline void store_bytes(uint8_t* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline Bytes zero_bytes() { return {_mm256_setzero_si256()}; }
+inline Word bits_at(Bytes a, int bit) {
+  return static_cast<Word>(_mm256_movemask_epi8(_mm256_sll_epi16(a.v, _mm_cvtsi32_si128(7 - bit))));
+}
+inline Bytes add_where(Bytes a, Word where, int weight) {
+  // Byte i of the register takes byte i / 8 of the word, and keeps its bit i % 8.
+  const __m256i spread = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i own_bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const __m256i bytes = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(where)), spread), own_bit);
+  const __m256i mask = _mm256_cmpeq_epi8(bytes, own_bit);
+  return {_mm256_add_epi8(a.v, _mm256_and_si256(mask, _mm256_set1_epi8(static_cast<char>(weight))))};
 }
 
 #else  // portable
 
 inline constexpr int kLanes = 8;
+inline constexpr int kRegisters = 32;
 struct Vec {
   float v[kLanes];
 };
@@ -166,6 +210,8 @@ inline Mask both(Mask a, Mask b) { return map_mask([&](int i) { return (a.v[i] &
 inline Mask either(Mask a, Mask b) { return map_mask([&](int i) { return (a.v[i] | b.v[i]) != 0; }); }
 inline Vec keep(Mask m, Vec a) { return map([&](int i) { return m.v[i] ? a.v[i] : 0.0f; }); }
 inline Vec select(Mask m, Vec a, Vec b) { return map([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; }); }
+inline Vec round_to_even(Vec a) { return map([&](int i) { return qk::round_to_even(a.v[i]); }); }
+inline Mask first_lanes(int n) { return map_mask([&](int i) { return i < n; }); }
 
 inline float as_float(uint32_t bits) {
   float f;
@@ -201,7 +247,7 @@ inline void from_float(float a, Half* p) {
   } else if (magnitude >= 65520.0f) {
     half = 0x7c00u;
   } else if (magnitude < 0x1p-14f) {
-    half = static_cast<uint32_t>(round_to_even(magnitude * 0x1p24f));
+    half = static_cast<uint32_t>(qk::round_to_even(magnitude * 0x1p24f));
   } else {
     const uint32_t bits = as_bits(magnitude);
     half = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
@@ -217,7 +263,30 @@ inline void store(T* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) from_float(a.v[i], p + i);
 }
 inline void store_codes(uint8_t* p, Vec a) {
-  for (int i = 0; i < kLanes; ++i) p[i] = a.v[i] == a.v[i] ? static_cast<uint8_t>(a.v[i]) : 0;
+  for (int i = 0; i < kLanes; ++i) p[i] = a.v[i] == a.v[i] ? static_cast<uint8_t>(qk::round_to_even(a.v[i])) : 0;
+}
+
+inline constexpr int kBytes = 32;
+struct Bytes {
+  uint8_t v[kBytes];
+};
+using Word = uint32_t;
+
+inline Bytes load_bytes(const uint8_t* p) {
+  Bytes r;
+  std::memcpy(r.v, p, kBytes);
+  return r;
+}
+inline void store_bytes(uint8_t* p, Bytes a) { std::memcpy(p, a.v, kBytes); }
+inline Bytes zero_bytes() { return {}; }
+inline Word bits_at(Bytes a, int bit) {
+  Word word = 0;
+  for (int i = 0; i < kBytes; ++i) word |= static_cast<Word>(a.v[i] >> bit & 1) << i;
+  return word;
+}
+inline Bytes add_where(Bytes a, Word where, int weight) {
+  for (int i = 0; i < kBytes; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] + (where >> i & 1) * weight);
+  return a;
 }
 
 #endif
@@ -241,7 +310,35 @@ inline void store_codes(uint8_t* p, Vec a, int n) {
   store_codes(buffer, a);
   std::memcpy(p, buffer, n);
 }
+inline Bytes load_bytes(const uint8_t* p, int n) {
+  if (n == kBytes) return load_bytes(p);
+  uint8_t buffer[kBytes] = {};
+  std::memcpy(buffer, p, n);
+  return load_bytes(buffer);
+}
+inline void store_bytes(uint8_t* p, Bytes a, int n) {
+  if (n == kBytes) return store_bytes(p, a);
+  uint8_t buffer[kBytes];
+  store_bytes(buffer, a);
+  std::memcpy(p, buffer, n);
+}
 #endif
+
+// Which lanes of a vector an operation is for; a kernel's body is written once for both.
+struct Whole {};
+struct First {
+  int n;
+};
+template <class T>
+inline Vec load(const T* p, Whole) { return load(p); }
+template <class T>
+inline Vec load(const T* p, First lanes) { return load(p, lanes.n); }
+template <class T>
+inline void store(T* p, Vec a, Whole) { store(p, a); }
+template <class T>
+inline void store(T* p, Vec a, First lanes) { store(p, a, lanes.n); }
+inline void store_codes(uint8_t* p, Vec a, Whole) { store_codes(p, a); }
+inline void store_codes(uint8_t* p, Vec a, First lanes) { store_codes(p, a, lanes.n); }
 
 inline float lane_sum(Vec a) {
   float lanes[kLanes];
@@ -266,10 +363,6 @@ inline float lane_max(Vec a) {
   return r;
 }
 
-inline Vec round_to_even(Vec v) {
-  const Vec magic = splat(kRoundingMagic);
-  return (v + magic) - magic;
-}
 inline Vec clamp_code(Vec v, Vec levels) { return min(levels, max(splat(0.0f), v)); }
 
 // Calls f(T*) with the element type that dtype names.

@@ -1,16 +1,28 @@
 // This instruction set's kernels, for csrc/cpu/dispatch.cpp to choose from.
 
+#include "cpu/attention.h"
+#include "cpu/bitplanes.h"
 #include "cpu/conv.h"
 #include "cpu/fake_quantize.h"
 #include "cpu/kernels.h"
 #include "cpu/matmul.h"
+#include "cpu/stats.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
+    .channel_stats = channel_stats,
+    .conditional_abs_mean = conditional_abs_mean,
+    .range_errors = range_errors,
     .fake_quantize_forward = fake_quantize_forward,
     .fake_quantize_backward = fake_quantize_backward,
+    .attention_quantize_forward = attention_quantize_forward,
+    .attention_quantize_backward = attention_quantize_backward,
+    .encode = encode,
+    .pack_bitplanes = pack_bitplanes,
+    .unpack_bitplanes = unpack_bitplanes,
+    .quantize_pack = quantize_pack,
     .lowbit_linear = lowbit_linear,
     .lowbit_conv2d = lowbit_conv2d,
 };

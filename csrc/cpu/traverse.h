@@ -5,11 +5,15 @@
 // Columns: channels are innermost (channels_last) or runs are short, so parameters change from lane to lane: they are
 // expanded once to one table entry a column, and several rows share each load of them.
 //
-// An Op has Params, broadcast(channel), at(column), at(column, n), and
-//   forward:  Vec operator()(Vec x, const Params&)
-//   backward: Vec operator()(Vec g, Vec x, const Params&, Vec (&sums)[kSums])
+// An Op loads, computes and stores one vector of elements:
+//   static constexpr int kSums                     accumulators a channel, 0 for none
+//   static constexpr Combine combine(int s)        optional; without it every accumulator is a sum
+//   Params params(field)                           field(f) gives column f of the ChannelTable for the lanes at hand
+//   void operator()(int64_t i, Lanes, const Params&, Vec* sums)      elements [i, i + lanes): Whole{} or First{n}
+// Accumulators are reduced in an order that depends on the layout alone, never on the number of threads.
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -21,6 +25,8 @@ namespace qk::cpu::QK_CPU_ISA {
 inline constexpr int64_t kMinRun = 32;       // shorter runs go by columns
 inline constexpr int64_t kPiece = 1 << 14;   // elements a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kRowBlock = 8;      // rows that share one load of the column tables
+inline constexpr int64_t kMaxBlocks = 64;    // column blocks of a reduction, each with partial sums of its own
+inline constexpr int64_t kMaxBlockRows = 4096;  // so that a float32 partial sum stays accurate
 
 struct Walk {
   bool by_columns;
@@ -43,141 +49,185 @@ inline Walk walk_of(const Layout& layout) {
   // A short row is repeated until it fills whole vectors, so that no row ends in a partial one.
   walk.period = row >= kPiece / 64 ? row : row * (kLanes / std::gcd<int64_t>(row, kLanes));
   walk.rows = (layout.numel() + walk.period - 1) / walk.period;
-  walk.piece = std::max<int64_t>(kRowBlock, kPiece / walk.period / kRowBlock * kRowBlock);
+  const int64_t enough = std::max(kPiece / walk.period, std::min(walk.rows / kMaxBlocks, kMaxBlockRows));
+  walk.piece = std::max<int64_t>(1, enough / kRowBlock) * kRowBlock;
   walk.pieces = (walk.rows + walk.piece - 1) / walk.piece;
   return walk;
 }
 
-// One table entry a column: value(channel) repeated along inner and over the period.
-template <class F>
-std::vector<float> expand(const Layout& layout, const Walk& walk, F value) {
-  std::vector<float> table(walk.by_columns ? walk.period : layout.channels);
-  for (size_t i = 0; i < table.size(); ++i)
-    table[i] = value(walk.by_columns ? static_cast<int64_t>(i) / layout.inner % layout.channels : static_cast<int64_t>(i));
-  return table;
+// Parameters of the channels, a field a row: one entry a channel for runs, one entry a column for columns.
+class ChannelTable {
+ public:
+  // fill(channel, values) writes the `fields` values of a channel.
+  template <class F>
+  ChannelTable(const Layout& layout, const Walk& walk, int fields, const F& fill)
+      : entries_(walk.by_columns ? (walk.period + kLanes - 1) / kLanes * kLanes : layout.channels),
+        values_(fields * entries_) {
+    std::vector<float> one(fields);
+    for (int64_t c = 0; c < layout.channels; ++c) {
+      fill(c, one.data());
+      for (int f = 0; f < fields; ++f) {
+        float* const row = &values_[f * entries_];
+        if (!walk.by_columns) {
+          row[c] = one[f];
+        } else {
+          for (int64_t at = c * layout.inner; at < walk.period; at += layout.channels * layout.inner)
+            std::fill_n(row + at, layout.inner, one[f]);
+        }
+      }
+    }
+  }
+
+  Vec of_channel(int field, int64_t c) const { return splat(values_[field * entries_ + c]); }
+  Vec of_columns(int field, int64_t column) const { return load(&values_[field * entries_ + column]); }
+
+ private:
+  int64_t entries_;
+  std::vector<float> values_;
+};
+
+enum class Combine { kSum, kMin, kMax };
+
+template <class Op>
+constexpr Combine combine_of(int s) {
+  if constexpr (requires { Op::combine(0); }) return Op::combine(s);
+  return Combine::kSum;
 }
 
-// body(row, begin, n): elements [begin, begin + n) lie in one run, the row'th.
-template <class F>
-void for_each_run(const Layout& layout, const Walk& walk, const F& body) {
-  const int64_t grain = std::max<int64_t>(1, kPiece / walk.piece);
-  parallel_for(walk.rows * walk.pieces, grain, [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
+template <class Op>
+inline void reset_sums(Vec* sums) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (int s = 0; s < Op::kSums; ++s)
+    sums[s] = splat(combine_of<Op>(s) == Combine::kSum ? 0.0f : combine_of<Op>(s) == Combine::kMin ? kInfinity : -kInfinity);
+}
+
+template <class Op>
+inline void merge_sums(Vec* into, const Vec* from) {
+  for (int s = 0; s < Op::kSums; ++s)
+    into[s] = combine_of<Op>(s) == Combine::kSum   ? into[s] + from[s]
+              : combine_of<Op>(s) == Combine::kMin ? min(into[s], from[s])
+                                                   : max(into[s], from[s]);
+}
+
+template <class Op>
+inline float across_lanes(int s, Vec v) {
+  return combine_of<Op>(s) == Combine::kSum ? lane_sum(v) : combine_of<Op>(s) == Combine::kMin ? lane_min(v) : lane_max(v);
+}
+
+inline double merge(Combine how, double a, double b) {
+  return how == Combine::kSum ? a + b : how == Combine::kMin ? std::min(a, b) : std::max(a, b);
+}
+
+// The lanes past the end must not reach the accumulators.
+template <class Op, class Params>
+inline void apply_first(const Op& op, int64_t i, int n, const Params& params, Vec* sums) {
+  Vec before[Op::kSums + 1];
+  std::copy(sums, sums + Op::kSums, before);
+  op(i, First{n}, params, sums);
+  for (int s = 0; s < Op::kSums; ++s) sums[s] = select(first_lanes(n), sums[s], before[s]);
+}
+
+// Vectors in flight: enough to hide latencies, as far as the accumulators leave registers.
+template <class Op>
+constexpr int unroll_of() {
+  return Op::kSums == 0 ? 4 : Op::kSums * 4 <= kRegisters / 2 ? 4 : Op::kSums * 2 <= kRegisters / 2 ? 2 : 1;
+}
+
+// partial: [kSums]
+template <class Op, class Params>
+inline void run_piece(const Op& op, const Params& params, int64_t i, int64_t end, float* partial) {
+  constexpr int kUnroll = unroll_of<Op>();
+  Vec sums[kUnroll][Op::kSums + 1];
+  for (auto& set : sums) reset_sums<Op>(set);
+  for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes)
+    for (int u = 0; u < kUnroll; ++u) op(i + u * kLanes, Whole{}, params, sums[u]);
+  for (; i + kLanes <= end; i += kLanes) op(i, Whole{}, params, sums[0]);
+  if (i < end) apply_first(op, i, static_cast<int>(end - i), params, sums[0]);
+  for (int u = 1; u < kUnroll; ++u) merge_sums<Op>(sums[0], sums[u]);
+  for (int s = 0; s < Op::kSums; ++s) partial[s] = across_lanes<Op>(s, sums[0][s]);
+}
+
+// totals: [kSums][channels]
+template <class Op>
+void traverse_runs(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, double* totals) {
+  const int64_t units = walk.rows * walk.pieces;
+  std::vector<float> partial(units * Op::kSums);
+  parallel_for(units, std::max<int64_t>(1, kPiece / walk.piece), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit / walk.pieces, start = unit % walk.pieces * walk.piece;
-      body(unit, row % layout.channels, row * layout.inner + start, std::min(walk.piece, layout.inner - start));
+      const auto params = op.params([&](int field) { return table.of_channel(field, row % layout.channels); });
+      const int64_t i = row * layout.inner + start;
+      run_piece(op, params, i, i + std::min(walk.piece, layout.inner - start), partial.data() + unit * Op::kSums);
     }
   });
+  for (int64_t unit = 0; unit < (Op::kSums ? units : 0); ++unit)
+    for (int s = 0; s < Op::kSums; ++s) {
+      double& total = totals[s * layout.channels + unit / walk.pieces % layout.channels];
+      total = merge(combine_of<Op>(s), total, partial[unit * Op::kSums + s]);
+    }
 }
 
-// body(block, first_row, rows): rows of `period` elements, of which the very last may be short.
-template <class F>
-void for_each_block(const Walk& walk, const F& body) {
-  parallel_for(walk.pieces, 1, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block)
-      body(block, block * walk.piece, std::min(walk.piece, walk.rows - block * walk.piece));
-  });
-}
-
-// y = op(x), element by element. Out is the stored type: T, or uint8_t for codes.
-template <class T, class Out, class Op>
-void map_elements(const Layout& layout, const Walk& walk, const Op& op, const T* x, Out* y) {
+// partial: [kSums][stride], a column each.
+template <class Op>
+inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t first_row,
+                      int64_t last_row, float* partial, int64_t stride) {
   const int64_t numel = layout.numel();
-  const auto put = [](Out* p, Vec v, int n) {
-    if constexpr (sizeof(Out) == 1) {
-      n == kLanes ? store_codes(p, v) : store_codes(p, v, n);
-    } else {
-      n == kLanes ? store(p, v) : store(p, v, n);
-    }
-  };
-  if (!walk.by_columns) {
-    for_each_run(layout, walk, [&](int64_t, int64_t channel, int64_t begin, int64_t n) {
-      const auto params = op.broadcast(channel);
-      const T* from = x + begin;
-      Out* to = y + begin;
-      int64_t i = 0;
-      for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-        for (int u = 0; u < 4; ++u) put(to + i + u * kLanes, op(load(from + i + u * kLanes), params), kLanes);
-      for (; i + kLanes <= n; i += kLanes) put(to + i, op(load(from + i), params), kLanes);
-      if (i < n) put(to + i, op(load(from + i, static_cast<int>(n - i)), params), static_cast<int>(n - i));
-    });
-    return;
-  }
-  for_each_block(walk, [&](int64_t, int64_t first_row, int64_t rows) {
-    for (int64_t row = first_row; row < first_row + rows; row += kRowBlock) {
-      const int64_t last = std::min(row + kRowBlock, first_row + rows);
-      for (int64_t column = 0; column < walk.period; column += kLanes) {
-        const int width = static_cast<int>(std::min<int64_t>(kLanes, walk.period - column));
-        const auto params = width == kLanes ? op.at(column) : op.at(column, width);
-        for (int64_t r = row; r < last; ++r) {
-          const int64_t i = r * walk.period + column;
-          const int n = static_cast<int>(std::min<int64_t>(width, numel - i));
-          if (n == kLanes) {
-            put(y + i, op(load(x + i), params), kLanes);
-          } else if (n > 0) {
-            put(y + i, op(load(x + i, n), params), n);
-          }
+  for (int64_t row = first_row; row < last_row; row += kRowBlock) {
+    for (int64_t column = 0; column < walk.period; column += kLanes) {
+      const auto params = op.params([&](int field) { return table.of_columns(field, column); });
+      Vec sums[Op::kSums + 1];
+      if (row == first_row) {
+        reset_sums<Op>(sums);
+      } else {
+        for (int s = 0; s < Op::kSums; ++s) sums[s] = load(partial + s * stride + column);
+      }
+      const int64_t width = std::min<int64_t>(kLanes, walk.period - column);
+      for (int64_t r = row; r < std::min(row + kRowBlock, last_row); ++r) {
+        const int64_t i = r * walk.period + column, n = std::min(width, numel - i);
+        if (n == kLanes) {
+          op(i, Whole{}, params, sums);
+        } else if (n > 0) {
+          apply_first(op, i, static_cast<int>(n), params, sums);
         }
       }
+      for (int s = 0; s < Op::kSums; ++s) store(partial + s * stride + column, sums[s]);
     }
-  });
+  }
 }
 
-// out = op(grad, x) with kSums sums a channel, each reduced in a fixed order whatever the number of threads.
-// sums: [channels, kSums].
-template <int kSums, class T, class Op>
-void map_and_reduce(const Layout& layout, const Walk& walk, const Op& op, const T* grad, const T* x, T* out, float* sums) {
-  const int64_t numel = layout.numel();
-  std::vector<double> total(layout.channels * kSums, 0.0);
-  if (!walk.by_columns) {
-    std::vector<float> partial(walk.rows * walk.pieces * kSums);
-    for_each_run(layout, walk, [&](int64_t unit, int64_t channel, int64_t begin, int64_t n) {
-      const auto params = op.broadcast(channel);
-      Vec acc[2][kSums];
-      for (auto& half : acc) std::fill(half, half + kSums, splat(0.0f));
-      int64_t i = begin;
-      const int64_t end = begin + n;
-      for (; i + 2 * kLanes <= end; i += 2 * kLanes)
-        for (int u = 0; u < 2; ++u) {
-          const int64_t at = i + u * kLanes;
-          store(out + at, op(load(grad + at), load(x + at), params, acc[u]));
-        }
-      for (; i < end; i += kLanes) {
-        const int m = static_cast<int>(std::min<int64_t>(kLanes, end - i));
-        store(out + i, op(load(grad + i, m), load(x + i, m), params, acc[0]), m);
-      }
-      for (int s = 0; s < kSums; ++s) partial[unit * kSums + s] = lane_sum(acc[0][s] + acc[1][s]);
-    });
-    for (int64_t unit = 0; unit < walk.rows * walk.pieces; ++unit)
-      for (int s = 0; s < kSums; ++s)
-        total[unit / walk.pieces % layout.channels * kSums + s] += partial[unit * kSums + s];
-  } else {
-    // partial[block][s][column]
-    std::vector<float> partial(walk.pieces * kSums * walk.period, 0.0f);
-    for_each_block(walk, [&](int64_t block, int64_t first_row, int64_t rows) {
-      float* const mine = partial.data() + block * kSums * walk.period;
-      for (int64_t column = 0; column < walk.period; column += kLanes) {
-        const int width = static_cast<int>(std::min<int64_t>(kLanes, walk.period - column));
-        const auto params = width == kLanes ? op.at(column) : op.at(column, width);
-        Vec acc[kSums];
-        std::fill(acc, acc + kSums, splat(0.0f));
-        for (int64_t r = first_row; r < first_row + rows; ++r) {
-          const int64_t i = r * walk.period + column;
-          const int n = static_cast<int>(std::min<int64_t>(width, numel - i));
-          if (n == kLanes) {
-            store(out + i, op(load(grad + i), load(x + i), params, acc));
-          } else if (n > 0) {
-            store(out + i, op(load(grad + i, n), load(x + i, n), params, acc), n);
-          }
-        }
-        for (int s = 0; s < kSums; ++s) store(mine + s * walk.period + column, acc[s], width);
-      }
-    });
-    for (int64_t block = 0; block < walk.pieces; ++block)
-      for (int s = 0; s < kSums; ++s)
-        for (int64_t column = 0; column < walk.period; ++column)
-          total[column / layout.inner % layout.channels * kSums + s] += partial[(block * kSums + s) * walk.period + column];
+template <class Op>
+void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, double* totals) {
+  const int64_t stride = (walk.period + kLanes - 1) / kLanes * kLanes;
+  std::vector<float> partial(walk.pieces * Op::kSums * stride);  // [block][s][column]
+  parallel_for(walk.pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      run_block(layout, walk, table, op, block * walk.piece, std::min((block + 1) * walk.piece, walk.rows),
+                partial.data() + block * Op::kSums * stride, stride);
+  });
+  for (int s = 0; s < Op::kSums; ++s) {
+    std::vector<double> columns(walk.period);
+    for (int64_t block = 0; block < walk.pieces; ++block) {
+      const float* const from = partial.data() + (block * Op::kSums + s) * stride;
+      for (int64_t column = 0; column < walk.period; ++column)
+        columns[column] = block ? merge(combine_of<Op>(s), columns[column], from[column]) : from[column];
+    }
+    for (int64_t column = 0; column < walk.period; ++column) {
+      double& total = totals[s * layout.channels + column / layout.inner % layout.channels];
+      total = merge(combine_of<Op>(s), total, columns[column]);
+    }
   }
-  for (size_t i = 0; i < total.size(); ++i) sums[i] = static_cast<float>(total[i]);
+}
+
+// Runs op over the tensor. Returns its accumulators, [kSums][channels].
+template <class Op>
+std::vector<double> traverse(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  std::vector<double> totals(Op::kSums * layout.channels);
+  for (int s = 0; s < Op::kSums; ++s)
+    if (combine_of<Op>(s) != Combine::kSum)
+      std::fill_n(&totals[s * layout.channels], layout.channels, combine_of<Op>(s) == Combine::kMin ? kInfinity : -kInfinity);
+  (walk.by_columns ? traverse_columns<Op> : traverse_runs<Op>)(layout, walk, table, op, totals.data());
+  return totals;
 }
 
 }  // namespace qk::cpu::QK_CPU_ISA

@@ -61,6 +61,20 @@ inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
   return torch::stable::copy_(copy, t);
 }
 
+// The gradient of an output like x.
+inline Tensor gradient_of(const char* op, const Tensor& grad, const Tensor& x) {
+  check_type(op, "grad", grad, x.scalar_type());
+  check(shape_of(grad) == shape_of(x), op, "grad", "of x's shape " + shape_of(x), shape_of(grad));
+  check_same_device(op, "grad", grad, x);
+  return in_layout_of(grad, x);
+}
+
+// float32 results that a kernel reduces x to. It fills them all, unless x is empty: then no kernel runs, and they are zero.
+inline Tensor new_sums(const Tensor& x, std::initializer_list<int64_t> shape) {
+  return x.numel() > 0 ? torch::stable::new_empty(x, shape, ScalarType::Float)
+                       : torch::stable::new_zeros(x, shape, ScalarType::Float);
+}
+
 inline int64_t axis_of(const char* op, const Tensor& x, int64_t axis) {
   const int64_t dim = x.dim();
   check(axis >= -dim && axis < dim, op, "axis",

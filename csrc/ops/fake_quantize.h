@@ -62,10 +62,8 @@ std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad_in, const T
                                                   int64_t levels, int64_t ste, std::optional<int64_t> axis) {
   constexpr const char* op = "fake_quantize_backward";
   check_float(op, "x", x_in);
-  check_type(op, "grad", grad_in, x_in.scalar_type());
-  check(shape_of(grad_in) == shape_of(x_in), op, "grad", "of x's shape " + shape_of(x_in), shape_of(grad_in));
   const Tensor x = dense(x_in);
-  const Tensor grad = in_layout_of(grad_in, x);
+  const Tensor grad = gradient_of(op, grad_in, x);
   const Tensor grid = parameters(op, "grid", grid_in, x, {layout_of(op, x, axis).channels, kGridColumns});
   FakeQuantizeArgs args = fake_quantize_args(op, x, grid, kind, levels, ste, axis);
   Tensor grad_x = torch::stable::empty_like(x);

@@ -5,9 +5,12 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "ops/attention.h"
+#include "ops/bitplanes.h"
 #include "ops/conv.h"
 #include "ops/fake_quantize.h"
 #include "ops/matmul.h"
+#include "ops/stats.h"
 
 namespace qk::ops {
 namespace {
@@ -21,8 +24,21 @@ namespace {
 }();
 
 struct Cpu {
+  static void channel_stats(const StatsArgs& args, const Tensor&) { cpu::kernels().channel_stats(args); }
+  static void conditional_abs_mean(const ConditionalMeanArgs& args, const Tensor&) { cpu::kernels().conditional_abs_mean(args); }
+  static void range_errors(const RangeErrorsArgs& args, const Tensor&) { cpu::kernels().range_errors(args); }
   static void fake_quantize_forward(const FakeQuantizeArgs& args, const Tensor&) { cpu::kernels().fake_quantize_forward(args); }
   static void fake_quantize_backward(const FakeQuantizeArgs& args, const Tensor&) { cpu::kernels().fake_quantize_backward(args); }
+  static void attention_quantize_forward(const AttentionArgs& args, const Tensor&) {
+    cpu::kernels().attention_quantize_forward(args);
+  }
+  static void attention_quantize_backward(const AttentionArgs& args, const Tensor&) {
+    cpu::kernels().attention_quantize_backward(args);
+  }
+  static void encode(const EncodeArgs& args, const Tensor&) { cpu::kernels().encode(args); }
+  static void pack_bitplanes(const PackArgs& args, const Tensor&) { cpu::kernels().pack_bitplanes(args); }
+  static void unpack_bitplanes(const UnpackArgs& args, const Tensor&) { cpu::kernels().unpack_bitplanes(args); }
+  static void quantize_pack(const QuantizePackArgs& args, const Tensor&) { cpu::kernels().quantize_pack(args); }
   static void lowbit_linear(const LowbitArgs& args) { cpu::kernels().lowbit_linear(args); }
   static void lowbit_conv2d(const LowbitArgs& args) { cpu::kernels().lowbit_conv2d(args); }
 };
@@ -32,8 +48,17 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) {
   using namespace qk::ops;
+  m.impl("channel_stats", TORCH_BOX(&channel_stats<Cpu>));
+  m.impl("conditional_abs_mean", TORCH_BOX(&conditional_abs_mean<Cpu>));
+  m.impl("range_errors", TORCH_BOX(&range_errors<Cpu>));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize<Cpu>));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward<Cpu>));
+  m.impl("attention_quantize", TORCH_BOX(&attention_quantize<Cpu>));
+  m.impl("attention_quantize_backward", TORCH_BOX(&attention_quantize_backward<Cpu>));
+  m.impl("encode", TORCH_BOX(&encode<Cpu>));
+  m.impl("pack_bitplanes", TORCH_BOX(&pack_bitplanes<Cpu>));
+  m.impl("unpack_bitplanes", TORCH_BOX(&unpack_bitplanes<Cpu>));
+  m.impl("quantize_pack", TORCH_BOX(&quantize_pack<Cpu>));
   m.impl("lowbit_linear", TORCH_BOX(&lowbit_linear<Cpu>));
   m.impl("lowbit_conv2d", TORCH_BOX(&lowbit_conv2d<Cpu>));
 }

@@ -2,8 +2,27 @@
 
 from .. import _library  # noqa: F401  (registers the schemas that the rules below attach to)
 from ._dispatch import backend
+from .attention import attention_quantize
+from .bitplanes import encode, pack_bitplanes, quantize_pack, unpack_bitplanes
 from .conv import lowbit_conv2d
 from .fake_quantize import Kind, Ste, fake_quantize, grid_gradient
 from .matmul import lowbit_linear
+from .stats import channel_stats, conditional_abs_mean, range_errors
 
-__all__ = ["Kind", "Ste", "backend", "fake_quantize", "grid_gradient", "lowbit_conv2d", "lowbit_linear"]
+__all__ = [
+    "Kind",
+    "Ste",
+    "attention_quantize",
+    "backend",
+    "channel_stats",
+    "conditional_abs_mean",
+    "encode",
+    "fake_quantize",
+    "grid_gradient",
+    "lowbit_conv2d",
+    "lowbit_linear",
+    "pack_bitplanes",
+    "quantize_pack",
+    "range_errors",
+    "unpack_bitplanes",
+]

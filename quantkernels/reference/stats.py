@@ -19,11 +19,10 @@ def rows_of(x: Tensor, axis: int | None) -> Tensor:
 
 
 def channel_stats(x: Tensor, axis: int | None = None) -> Tensor:
-    """float32 [C, 4]: min, max, sum |x|, sum x^2 of each channel. An empty channel has (+inf, -inf, 0, 0)."""
+    """float32 [C, 4]: min, max, sum |x|, sum x^2 of each channel. A channel without elements has zeros."""
     rows = rows_of(x, axis).double()
     if rows.shape[1] == 0:
-        empty = torch.tensor([float("inf"), float("-inf"), 0.0, 0.0], device=x.device)
-        return empty.repeat(rows.shape[0], 1)
+        return torch.zeros(rows.shape[0], 4, device=x.device)
     columns = [rows.amin(1), rows.amax(1), rows.abs().sum(1), rows.square().sum(1)]
     return torch.stack(columns, 1).float()
 

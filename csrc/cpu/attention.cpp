@@ -1,0 +1,231 @@
+// q = sum_k a_k Q_k(x) in the domain of codes (DQA, equation 3): q = base + sum_k w_k c_k with base = sum_k a_k offset_k and
+// w_k = a_k step_k, so that one element costs a code and a multiply-add a quantizer. Its gradient needs no Q_k either:
+// <g, Q_k> = offset_k sum g + step_k sum g c_k.
+
+#include "cpu/attention.h"
+
+#include "cpu/grid.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+namespace {
+
+// What the members have in common, from the most to the least. It decides nothing but speed.
+enum class Mix {
+  kSharedOffset,  // uniform, with one offset: min-max of one tensor at several widths
+  kUniform,
+  kAny,
+};
+
+// Fields of the ChannelTable: base, then four a quantizer.
+inline constexpr int kFields = 4;
+
+// kCount quantizers; 0: any number up to kMaxQuantizers, told at run time.
+template <Mix kMix, int kCount>
+struct Members {
+  static constexpr int kSize = kCount ? kCount : kMaxQuantizers;
+  struct Params {
+    Vec base;
+    Vec offset[kSize], inverse[kSize], weight[kSize], threshold[kSize];
+  };
+
+  explicit Members(const AttentionArgs& args) : count_(args.count) {
+    for (int k = 0; k < size(); ++k) {
+      kinds[k] = args.kinds[k];
+      attention[k] = splat(args.attention[k]);
+      levels[k] = splat(static_cast<float>(args.levels[k]));
+    }
+  }
+
+  int size() const { return kCount ? kCount : static_cast<int>(count_); }
+
+  template <class Field>
+  Params params(Field field) const {
+    Params p;
+    p.base = field(0);
+    for (int k = 0; k < size(); ++k) {
+      p.offset[k] = field(1 + kFields * k);
+      p.inverse[k] = field(2 + kFields * k);
+      p.weight[k] = field(3 + kFields * k);
+      p.threshold[k] = field(4 + kFields * k);
+    }
+    return p;
+  }
+
+  // Clamping below zero commutes with the multiplication by an inverse step that is positive, so it is shared, too.
+  static Vec shared(Vec x, const Params& p) {
+    return kMix == Mix::kSharedOffset ? max(splat(0.0f), x - p.offset[0]) : x;
+  }
+
+  // Code of x; of an identity member x itself.
+  Vec code(int k, Vec x, Vec shared, const Params& p) const {
+    if constexpr (kMix == Mix::kSharedOffset) return round_to_even(min(levels[k], shared * p.inverse[k]));
+    if (kMix == Mix::kUniform || kinds[k] == Kind::kUniform)
+      return round_to_even(clamp_code((x - p.offset[k]) * p.inverse[k], levels[k]));
+    return kinds[k] == Kind::kBinary ? binary_code(x) : kinds[k] == Kind::kTernary ? ternary_code(x, p.threshold[k]) : x;
+  }
+
+  Kind kinds[kSize];
+  Vec attention[kSize], levels[kSize];
+
+ private:
+  int64_t count_;
+};
+
+template <Mix kMix, int kCount, class T>
+struct Forward : Members<kMix, kCount> {
+  using Base = Members<kMix, kCount>;
+  static constexpr int kSums = 0;
+  const T* x;
+  T* out;
+
+  explicit Forward(const AttentionArgs& args)
+      : Base(args), x(static_cast<const T*>(args.x)), out(static_cast<T*>(args.out)) {}
+
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, const typename Base::Params& p, Vec*) const {
+    const Vec value = load(x + i, lanes), shared = Base::shared(value, p);
+    Vec q = p.base;
+    for (int k = 0; k < this->size(); ++k) q = q + p.weight[k] * this->code(k, value, shared, p);
+    store(out + i, q, lanes);
+  }
+};
+
+// Accumulators: sum g; sum g c_k (of an identity member sum g x) a quantizer; with clips below, above and inside a quantizer.
+template <Mix kMix, int kCount, bool kClips, class T>
+struct Backward : Members<kMix, kCount> {
+  using Base = Members<kMix, kCount>;
+  static constexpr int kSums = 1 + Base::kSize * (kClips ? 4 : 1);
+  const T* grad;
+  const T* x;
+  T* out;
+  Vec slope;  // without clips the same for every element
+  Ste stes[Base::kSize];
+
+  explicit Backward(const AttentionArgs& args)
+      : Base(args),
+        grad(static_cast<const T*>(args.grad)),
+        x(static_cast<const T*>(args.x)),
+        out(static_cast<T*>(args.out)),
+        slope(splat(0.0f)) {
+    for (int k = 0; k < this->size(); ++k) {
+      slope = slope + this->attention[k];
+      stes[k] = args.stes[k];
+    }
+  }
+
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, const typename Base::Params& p, Vec* sums) const {
+    const Vec g = load(grad + i, lanes), value = load(x + i, lanes), shared = Base::shared(value, p);
+    sums[0] = sums[0] + g;
+    Vec passed = kClips ? splat(0.0f) : slope;
+    for (int k = 0; k < this->size(); ++k) {
+      const Vec code = this->code(k, value, shared, p);
+      sums[1 + k] = multiply_add(g, code, sums[1 + k]);
+      if constexpr (kClips) passed = passed + clip(k, g, value, code, p, sums + 1 + Base::kSize + 3 * k);
+    }
+    store(out + i, g * passed, lanes);
+  }
+
+ private:
+  // a_k where the straight-through estimator of member k lets the gradient pass, else 0.
+  Vec clip(int k, Vec g, Vec value, Vec code, const typename Base::Params& p, Vec* sums) const {
+    if (stes[k] == Ste::kIdentity) return this->attention[k];
+    const Vec zero = splat(0.0f), levels = this->levels[k];
+    const Vec position = (value - p.offset[k]) * p.inverse[k];
+    sums[0] = sums[0] + keep(less(position, zero), g);
+    sums[1] = sums[1] + keep(less_equal(levels, position), g);
+    if (stes[k] == Ste::kFull) sums[2] = multiply_add(g, code - clamp_code(position, levels), sums[2]);
+    return keep(both(less_equal(zero, position), less_equal(position, levels)), this->attention[k]);
+  }
+};
+
+const float* grid_row(const AttentionArgs& args, int64_t k, int64_t c) {
+  return args.grids + (k * args.layout.channels + c) * kGridColumns;
+}
+
+ChannelTable members_table(const AttentionArgs& args, const Walk& walk) {
+  const int fields = 1 + kFields * static_cast<int>(args.count);
+  return ChannelTable(args.layout, walk, fields, [&](int64_t c, float* values) {
+    values[0] = 0.0f;
+    for (int64_t k = 0; k < args.count; ++k) {
+      const float* const row = grid_row(args, k, c);
+      const bool identity = args.kinds[k] == Kind::kIdentity;
+      if (!identity) values[0] = values[0] + args.attention[k] * row[0];
+      float* const mine = values + 1 + kFields * k;
+      mine[0] = row[0];
+      mine[1] = inverse_step(row[1]);
+      mine[2] = identity ? args.attention[k] : args.attention[k] * row[1];
+      mine[3] = row[2];
+    }
+  });
+}
+
+Mix mix_of(const AttentionArgs& args) {
+  bool shared = true;
+  for (int64_t k = 0; k < args.count; ++k) {
+    if (args.kinds[k] != Kind::kUniform) return Mix::kAny;
+    for (int64_t c = 0; c < args.layout.channels && shared; ++c)
+      shared = grid_row(args, k, c)[0] == grid_row(args, 0, c)[0] && inverse_step(grid_row(args, k, c)[1]) > 0.0f;
+  }
+  return shared ? Mix::kSharedOffset : Mix::kUniform;
+}
+
+// Calls f.template operator()<mix, count>(); counts that the papers use are unrolled.
+template <class F>
+void with_members(const AttentionArgs& args, const F& f) {
+  const auto with_count = [&]<Mix kMix>() {
+    switch (args.count) {
+      case 2: return f.template operator()<kMix, 2>();
+      case 3: return f.template operator()<kMix, 3>();
+      default: return f.template operator()<kMix, 0>();
+    }
+  };
+  switch (mix_of(args)) {
+    case Mix::kSharedOffset: return with_count.template operator()<Mix::kSharedOffset>();
+    case Mix::kUniform: return with_count.template operator()<Mix::kUniform>();
+    case Mix::kAny: return with_count.template operator()<Mix::kAny>();
+  }
+}
+
+// totals: the accumulators of Backward, [kSums][channels].
+void finish_backward(const AttentionArgs& args, const std::vector<double>& totals, int size, bool clips) {
+  const int64_t channels = args.layout.channels;
+  for (int64_t k = 0; k < args.count; ++k) {
+    double product = 0.0;  // <g, Q_k>
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* const row = grid_row(args, k, c);
+      const double with_code = totals[(1 + k) * channels + c];
+      product += args.kinds[k] == Kind::kIdentity ? with_code : row[0] * totals[c] + row[1] * with_code;
+      for (int s = 0; s < 3; ++s)
+        args.sums[(k * channels + c) * 3 + s] =
+            clips ? static_cast<float>(totals[(1 + size + 3 * k + s) * channels + c]) : 0.0f;
+    }
+    args.grad_attention[k] = static_cast<float>(product);
+  }
+}
+
+}  // namespace
+
+void attention_quantize_forward(const AttentionArgs& args) {
+  const Walk walk = walk_of(args.layout);
+  const ChannelTable table = members_table(args, walk);
+  with_type(args.dtype, [&]<class T>(T*) {
+    with_members(args, [&]<Mix kMix, int kCount>() { traverse(args.layout, walk, table, Forward<kMix, kCount, T>(args)); });
+  });
+}
+
+void attention_quantize_backward(const AttentionArgs& args) {
+  const Walk walk = walk_of(args.layout);
+  const ChannelTable table = members_table(args, walk);
+  const bool clips = std::any_of(args.stes, args.stes + args.count, [](Ste ste) { return ste != Ste::kIdentity; });
+  with_type(args.dtype, [&]<class T>(T*) {
+    with_members(args, [&]<Mix kMix, int kCount>() {
+      const auto run = [&](const auto& op) {
+        finish_backward(args, traverse(args.layout, walk, table, op), op.kSize, clips);
+      };
+      clips ? run(Backward<kMix, kCount, true, T>(args)) : run(Backward<kMix, kCount, false, T>(args));
+    });
+  });
+}
+
+}  // namespace qk::cpu::QK_CPU_ISA

@@ -1,0 +1,142 @@
+// Codes, and their bits as planes of words: csrc/core/bitplanes.h says which bit goes where.
+
+#include "core/bitplanes.h"
+
+#include <atomic>
+#include <bit>
+
+#include "cpu/bitplanes.h"
+#include "cpu/grid.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+namespace {
+
+inline constexpr int64_t kChunk = 2048;              // codes between encoding and packing: they stay in L1
+inline constexpr int64_t kGrainCodes = 1 << 15;
+inline constexpr int kWordsAtOnce = kBytes / kWordBits;
+static_assert(std::endian::native == std::endian::little, "a 64-bit word is stored as two 32-bit ones");
+
+template <Kind kKind, class T>
+struct Encode {
+  static constexpr int kSums = 0;
+  const T* x;
+  uint8_t* codes;
+  Vec levels;
+
+  template <class Field>
+  GridVec params(Field field) const { return grid_params(field); }
+
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
+    const Vec value = load(x + i, lanes);
+    // The conversion to bytes rounds.
+    if constexpr (kKind == Kind::kUniform) {
+      store_codes(codes + i, clamp_code(position_of(value, grid), levels), lanes);
+    } else {
+      store_codes(codes + i, code_of<kKind>(value, grid, levels), lanes);
+    }
+  }
+};
+
+// Codes 0, 1, 2 as thermometers 00, 01, 11: code + (code == 2).
+inline Bytes digits_of(Kind kind, Bytes codes) {
+  return kind == Kind::kTernary ? add_where(codes, bits_at(codes, 1), 1) : codes;
+}
+
+// codes: n of one row; planes: their words in plane 0, other planes `plane_stride` words on. Adds the ones to counts[bits].
+void pack_codes(const uint8_t* codes, int64_t n, Kind kind, int bits, int32_t* planes, int64_t plane_stride, int32_t* counts) {
+  for (int64_t i = 0; i < n; i += kBytes) {
+    const int length = static_cast<int>(std::min<int64_t>(kBytes, n - i));
+    const Bytes digits = digits_of(kind, load_bytes(codes + i, length));
+    const size_t size = (length + kWordBits - 1) / kWordBits * sizeof(int32_t);
+    for (int plane = 0; plane < bits; ++plane) {
+      const Word word = bits_at(digits, digit_of_plane(kind, bits, plane));
+      counts[plane] += std::popcount(word);
+      int32_t* const to = planes + plane * plane_stride + i / kWordBits;
+      length == kBytes ? std::memcpy(to, &word, sizeof word) : std::memcpy(to, &word, size);
+    }
+  }
+}
+
+void unpack_codes(const int32_t* planes, int64_t plane_stride, int64_t n, Kind kind, int bits, uint8_t* codes) {
+  for (int64_t i = 0; i < n; i += kBytes) {
+    const int length = static_cast<int>(std::min<int64_t>(kBytes, n - i));
+    const size_t size = (length + kWordBits - 1) / kWordBits * sizeof(int32_t);
+    Bytes sum = zero_bytes();
+    for (int plane = 0; plane < bits; ++plane) {
+      Word word = 0;
+      std::memcpy(&word, planes + plane * plane_stride + i / kWordBits, length == kBytes ? sizeof word : size);
+      sum = add_where(sum, word, plane_weight(kind, bits, plane));
+    }
+    store_bytes(codes + i, sum, length);
+  }
+}
+
+// body(row, begin, n): pieces of rows, in parallel, cut at whole chunks.
+template <class F>
+void for_each_chunk(int64_t rows, int64_t columns, const F& body) {
+  const int64_t chunks = (columns + kChunk - 1) / kChunk;
+  const int64_t grain = std::max<int64_t>(1, kGrainCodes / std::min(std::max<int64_t>(columns, 1), kChunk));
+  parallel_for(rows * chunks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t begin = unit % chunks * kChunk;
+      body(unit / chunks, begin, std::min(kChunk, columns - begin));
+    }
+  });
+}
+
+template <Kind kKind, class T>
+void quantize_pack_chunk(const QuantizePackArgs& args, int64_t row, int64_t begin, int64_t n) {
+  const float* const at = args.grid + (args.per_row ? row : 0) * kGridColumns;
+  const GridVec grid{splat(at[0]), splat(at[1]), splat(inverse_step(at[1])), splat(at[2])};
+  uint8_t codes[kChunk];
+  const Encode<kKind, T> op{static_cast<const T*>(args.x) + row * args.columns + begin, codes,
+                            splat(static_cast<float>(args.levels))};
+  run_piece(op, grid, 0, n, nullptr);
+  int32_t counts[kMaxBits] = {};
+  pack_codes(codes, n, kKind, args.bits, args.planes + row * args.words + begin / kWordBits, args.rows * args.words, counts);
+  // Integers: exact in whatever order the chunks of a row come.
+  for (int plane = 0; plane < args.bits; ++plane)
+    std::atomic_ref<int32_t>(args.plane_sums[plane * args.rows + row]).fetch_add(counts[plane], std::memory_order_relaxed);
+}
+
+}  // namespace
+
+void encode(const EncodeArgs& args) {
+  const Walk walk = walk_of(args.layout);
+  const ChannelTable table = grid_table(args.layout, walk, args.grid);
+  const Vec levels = splat(static_cast<float>(args.levels));
+  with_type(args.dtype, [&]<class T>(T*) {
+    with_kind(args.kind, [&]<Kind kKind>() {
+      traverse(args.layout, walk, table, Encode<kKind, T>{static_cast<const T*>(args.x), args.codes, levels});
+    });
+  });
+}
+
+void pack_bitplanes(const PackArgs& args) {
+  for_each_chunk(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
+    int32_t counts[kMaxBits] = {};
+    pack_codes(args.codes + row * args.columns + begin, n, args.kind, args.bits,
+               args.planes + row * args.words + begin / kWordBits, args.rows * args.words, counts);
+  });
+}
+
+void unpack_bitplanes(const UnpackArgs& args) {
+  for_each_chunk(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
+    unpack_codes(args.planes + row * args.words + begin / kWordBits, args.rows * args.words, n, args.kind, args.bits,
+                 args.codes + row * args.columns + begin);
+  });
+}
+
+void quantize_pack(const QuantizePackArgs& args) {
+  std::fill_n(args.plane_sums, args.bits * args.rows, 0);
+  with_type(args.dtype, [&]<class T>(T*) {
+    with_kind(args.kind, [&]<Kind kKind>() {
+      for_each_chunk(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
+        quantize_pack_chunk<kKind, T>(args, row, begin, n);
+      });
+    });
+  });
+}
+
+}  // namespace qk::cpu::QK_CPU_ISA

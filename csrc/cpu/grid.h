@@ -1,0 +1,58 @@
+#pragma once
+// A quantizer's grid as vectors, and the code of a vector: the lanes of csrc/core/quantizer.h.
+
+#include "cpu/traverse.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+
+// The same in every lane, or one channel a lane.
+struct GridVec {
+  Vec offset, step, inverse, threshold;
+};
+
+inline ChannelTable grid_table(const Layout& layout, const Walk& walk, const float* grid) {
+  return ChannelTable(layout, walk, 4, [&](int64_t c, float* values) {
+    const float* row = grid + c * kGridColumns;
+    values[0] = row[0];
+    values[1] = row[1];
+    values[2] = inverse_step(row[1]);
+    values[3] = row[2];
+  });
+}
+
+template <class Field>
+inline GridVec grid_params(Field field) {
+  return {field(0), field(1), field(2), field(3)};
+}
+
+inline Vec position_of(Vec x, const GridVec& grid) { return (x - grid.offset) * grid.inverse; }
+
+inline Vec binary_code(Vec x) { return keep(less_equal(splat(0.0f), x), splat(1.0f)); }
+inline Vec ternary_code(Vec x, Vec threshold) {
+  const Vec one = splat(1.0f);
+  return keep(less(splat(0.0f) - threshold, x), one) + keep(less(threshold, x), one);
+}
+
+template <Kind kKind>
+inline Vec code_of(Vec x, const GridVec& grid, Vec levels) {
+  if constexpr (kKind == Kind::kUniform) {
+    return round_to_even(clamp_code(position_of(x, grid), levels));
+  } else if constexpr (kKind == Kind::kBinary) {
+    return binary_code(x);
+  } else {
+    return ternary_code(x, grid.threshold);
+  }
+}
+
+// Calls f.template operator()<kKind>() for a kind that has codes.
+template <class F>
+inline void with_kind(Kind kind, const F& f) {
+  switch (kind) {
+    case Kind::kUniform: return f.template operator()<Kind::kUniform>();
+    case Kind::kBinary: return f.template operator()<Kind::kBinary>();
+    case Kind::kTernary: return f.template operator()<Kind::kTernary>();
+    case Kind::kIdentity: return;  // refused by csrc/ops
+  }
+}
+
+}  // namespace qk::cpu::QK_CPU_ISA

@@ -1,0 +1,132 @@
+// What quantizers need to know of a tensor, a channel at a time, in one pass.
+
+#include "cpu/stats.h"
+
+#include "cpu/grid.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+namespace {
+
+struct NoParams {};
+
+template <class T>
+struct ChannelStats {
+  static constexpr int kSums = 4;  // min, max, sum |x|, sum x^2
+  static constexpr Combine combine(int s) { return s == 0 ? Combine::kMin : s == 1 ? Combine::kMax : Combine::kSum; }
+  const T* x;
+
+  template <class Field>
+  NoParams params(Field) const { return {}; }
+
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, NoParams, Vec* sums) const {
+    const Vec value = load(x + i, lanes);
+    sums[0] = min(sums[0], value);
+    sums[1] = max(sums[1], value);
+    sums[2] = sums[2] + abs(value);
+    sums[3] = multiply_add(value, value, sums[3]);
+  }
+};
+
+template <class T>
+struct ConditionalMean {
+  static constexpr int kSums = 2;  // sum and count of |x| > threshold
+  const T* x;
+
+  template <class Field>
+  Vec params(Field field) const { return field(0); }
+
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, Vec threshold, Vec* sums) const {
+    const Vec magnitude = abs(load(x + i, lanes));
+    const Mask chosen = less(threshold, magnitude);
+    sums[0] = sums[0] + keep(chosen, magnitude);
+    sums[1] = sums[1] + keep(chosen, splat(1.0f));
+  }
+};
+
+inline constexpr int kRangesAtOnce = 4;  // so that their parameters and sums stay in registers
+
+template <class T>
+struct RangeErrors {
+  static constexpr int kSums = kRangesAtOnce;
+  struct Params {
+    Vec offset[kSums], step[kSums], inverse[kSums];
+  };
+  const T* x;
+  Vec levels;
+
+  template <class Field>
+  Params params(Field field) const {
+    Params p;
+    for (int j = 0; j < kSums; ++j) {
+      p.offset[j] = field(3 * j);
+      p.step[j] = field(3 * j + 1);
+      p.inverse[j] = field(3 * j + 2);
+    }
+    return p;
+  }
+
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, const Params& p, Vec* sums) const {
+    const Vec value = load(x + i, lanes);
+    for (int j = 0; j < kSums; ++j) {
+      const Vec code = round_to_even(clamp_code((value - p.offset[j]) * p.inverse[j], levels));
+      const Vec error = p.offset[j] + p.step[j] * code - value;
+      sums[j] = multiply_add(error, error, sums[j]);
+    }
+  }
+};
+
+}  // namespace
+
+void channel_stats(const StatsArgs& args) {
+  const Walk walk = walk_of(args.layout);
+  const ChannelTable table(args.layout, walk, 0, [](int64_t, float*) {});
+  const int64_t channels = args.layout.channels;
+  with_type(args.dtype, [&]<class T>(T*) {
+    const auto totals = traverse(args.layout, walk, table, ChannelStats<T>{static_cast<const T*>(args.x)});
+    for (int64_t c = 0; c < channels; ++c) {
+      // The minima and maxima of vectors pass over NaN; sum |x| is NaN exactly where there is one.
+      const bool nan = std::isnan(totals[2 * channels + c]);
+      for (int s = 0; s < 4; ++s)
+        args.stats[c * 4 + s] = static_cast<float>(nan && s < 2 ? totals[2 * channels + c] : totals[s * channels + c]);
+    }
+  });
+}
+
+void conditional_abs_mean(const ConditionalMeanArgs& args) {
+  const Walk walk = walk_of(args.layout);
+  const ChannelTable table(args.layout, walk, 1, [&](int64_t c, float* values) { values[0] = args.threshold[c]; });
+  const int64_t channels = args.layout.channels;
+  with_type(args.dtype, [&]<class T>(T*) {
+    const auto totals = traverse(args.layout, walk, table, ConditionalMean<T>{static_cast<const T*>(args.x)});
+    for (int64_t c = 0; c < channels; ++c)
+      args.mean[c] = totals[channels + c] > 0 ? static_cast<float>(totals[c] / totals[channels + c]) : 0.0f;
+  });
+}
+
+void range_errors(const RangeErrorsArgs& args) {
+  const Walk walk = walk_of(args.layout);
+  const int64_t channels = args.layout.channels, count = args.candidates;
+  const float levels = static_cast<float>(args.levels);
+  for (int64_t first = 0; first < count; first += kRangesAtOnce) {
+    // Past the last candidate the group repeats it.
+    const ChannelTable table(args.layout, walk, 3 * kRangesAtOnce, [&](int64_t c, float* values) {
+      for (int64_t j = 0; j < kRangesAtOnce; ++j) {
+        const float range = args.ranges[c * count + std::min(first + j, count - 1)], step = (range + range) / levels;
+        values[3 * j] = -range;
+        values[3 * j + 1] = step;
+        values[3 * j + 2] = inverse_step(step);
+      }
+    });
+    with_type(args.dtype, [&]<class T>(T*) {
+      const auto totals = traverse(args.layout, walk, table, RangeErrors<T>{static_cast<const T*>(args.x), splat(levels)});
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t j = 0; j < std::min<int64_t>(kRangesAtOnce, count - first); ++j)
+          args.errors[c * count + first + j] = static_cast<float>(totals[j * channels + c]);
+    });
+  }
+}
+
+}  // namespace qk::cpu::QK_CPU_ISA

@@ -1,0 +1,100 @@
+"""A weighted mixture of up to 8 quantizers of one tensor, in one pass each way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._dispatch import call
+from ._register import OpRules, rules
+from .fake_quantize import Ste, grid_gradient
+
+
+def attention_quantize(
+    x: Tensor,
+    attention: Tensor,
+    grids: Tensor,
+    kinds: Sequence[int],
+    levels: Sequence[int],
+    stes: Sequence[int],
+    axis: int | None = None,
+) -> Tensor:
+    """The mixture ``q = sum_k a_k Q_k(x)`` (DQA, equation 3); a = (1, 0, ...) gives Q_0 to the bit.
+
+    Differentiable in ``x`` (each member passes the gradient as its ``ste`` says, weighted by a_k; IDENTITY members pass
+    it whole), in ``attention`` (<g, Q_k>) and in the grids of members whose ``ste`` is CLIP or FULL.
+
+    Args:
+        x: any shape and memory layout; float32, float16 or bfloat16.
+        attention: float32 [K], K from 1 to 8; any weights, they need not sum to 1.
+        grids: float32 [K, C, 3], for each member the grid that ``fake_quantize`` takes; C = ``x.size(axis)``, or 1 if
+            ``axis`` is None. The rows of IDENTITY members are ignored.
+        kinds: K of :class:`Kind`; IDENTITY is x itself.
+        levels: K highest codes, as for ``fake_quantize``; ignored for IDENTITY.
+        stes: K of :class:`Ste`.
+        axis: the channel dimension, or None for one grid a member for the whole tensor.
+
+    Returns:
+        Tensor like ``x``, in the dtype of ``x``; arithmetic is float32 with one rounding at the end.
+
+    Raises:
+        RuntimeError: naming the argument, what it must be and what it was.
+    """
+    return call("attention_quantize", x, attention, grids, kinds, levels, stes, axis)
+
+
+def _fake(
+    x: Tensor,
+    attention: Tensor,
+    grids: Tensor,
+    kinds: Sequence[int],
+    levels: Sequence[int],
+    stes: Sequence[int],
+    axis: int | None,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    attention: Tensor,
+    grids: Tensor,
+    kinds: Sequence[int],
+    levels: Sequence[int],
+    stes: Sequence[int],
+    axis: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), attention.new_empty(attention.shape), grids.new_empty(grids.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, attention, grids, kinds, levels, stes, axis = inputs
+    ctx.save_for_backward(x, attention, grids)
+    ctx.options = kinds, levels, stes, axis
+
+
+def _grids_gradient(sums: Tensor, attention: Tensor, levels: Sequence[int], stes: Sequence[int]) -> Tensor:
+    # Members with the identity estimator have zero sums, so their rows vanish whatever the formula.
+    rows = [grid_gradient(sums[k], levels[k], stes[k]) for k in range(len(levels))]
+    return torch.stack(rows) * attention[:, None, None]
+
+
+def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    kinds, levels, stes, axis = ctx.options
+    x, attention, grids = ctx.saved_tensors
+    for_x, for_attention, for_grids = ctx.needs_input_grad[:3]
+    learns = for_grids and any(ste != Ste.IDENTITY for ste in stes)
+    if not for_attention and not learns and all(ste == Ste.IDENTITY for ste in stes):
+        slope = sum(attention.unbind())  # in the order of k, as the kernel adds them
+        return (grad.float() * slope).to(grad.dtype) if for_x else None, *(None,) * 6
+    grad_x, grad_attention, sums = ops.attention_quantize_backward(grad, x, attention, grids, kinds, levels, stes, axis)
+    grad_grids = _grids_gradient(sums, attention, levels, stes) if learns else None
+    return grad_x if for_x else None, grad_attention, grad_grids, None, None, None, None
+
+
+rules("attention_quantize", OpRules(_fake, _backward, _setup_context))
+rules("attention_quantize_backward", OpRules(_fake_backward))
