@@ -40,6 +40,10 @@ def friendly_errors() -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         fail(str(error))
+    except ModuleNotFoundError as error:
+        fail(f"{error}; pip install '.[training]' installs what training needs")
+    except ImportError as error:  # such as a quantkernels whose native part was not built
+        fail(str(error))
 
 
 @app.command()

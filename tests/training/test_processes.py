@@ -15,9 +15,10 @@ import json, os, sys, torch
 from training import engine
 from training.config import from_tables
 
-def config(batch_norm):
+def config(batch_norm, **algorithm):
     tables = json.load(open(f"{sys.argv[1]}/tables.json"))
     tables["model"]["batch_norm"] = batch_norm
+    tables["algorithm"] |= algorithm
     return from_tables(tables)
 
 def save(name, result):
@@ -25,6 +26,10 @@ def save(name, result):
 
 save("plain", engine.run(config(False), f"{sys.argv[1]}/plain"))
 save("norm", engine.run(config(True), f"{sys.argv[1]}/norm"))
+
+weight, activation = {"kind": "MinMax", "bits": 4}, {"kind": "MinMax", "bits": 4}
+quantized = config(True, name="vanilla", weight=weight, activation=activation)
+save("quantized", engine.run(quantized, f"{sys.argv[1]}/quantized"))
 
 class Killed(BaseException):
     pass
@@ -58,9 +63,9 @@ def two_processes(tiny, tmp_path_factory, environment):
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "norm", "resumed"])
+@pytest.mark.parametrize("name", ["plain", "norm", "quantized", "resumed"])
 def test_both_processes_have_the_same_network(two_processes, name):
-    """Running statistics of batch-norm too: those of the main process are everyone's."""
+    """Running statistics of batch-norm and activations too: those of the main process are everyone's."""
     one, other = (torch.load(two_processes / f"{name}-rank{rank}.pt") for rank in (0, 1))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import quantkernels as qk
 from training.config import ConfigError, choose, require
 from training.options import call_with_options
 
@@ -100,8 +101,6 @@ def build_quantizer(table: Mapping[str, Any], where: str = "algorithm.weight") -
     `kind` is one of `QUANTIZERS`; the other keys are that class's arguments (bits, axis, ste, alpha, plus).
     `where` is the table's name in error messages. Raises ConfigError.
     """
-    import quantkernels
-
     require(isinstance(table, Mapping), where, 'a table such as {kind = "MinMax", bits = 2}', table)
     if "kind" not in table:
         raise ConfigError(f"the recipe must give {where}.kind, one of {', '.join(QUANTIZERS)}")
@@ -110,7 +109,7 @@ def build_quantizer(table: Mapping[str, Any], where: str = "algorithm.weight") -
     bits = options.get("bits", 1)
     require(type(bits) is int and 1 <= bits <= 8, f"{where}.bits", "an integer from 1 to 8", bits)
     try:
-        return call_with_options(getattr(quantkernels, kind), options, where)
+        return call_with_options(getattr(qk, kind), options, where)
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -119,10 +118,8 @@ def build_quantizer(table: Mapping[str, Any], where: str = "algorithm.weight") -
 
 def skip_option(value: str) -> Any:
     """The recipe's ``skip`` ("none" or "first_and_last") as the argument of `quantkernels.prepare`."""
-    import quantkernels
-
     choose(value, ("none", "first_and_last"), "algorithm.skip")
-    return quantkernels.first_and_last if value == "first_and_last" else None
+    return qk.first_and_last if value == "first_and_last" else None
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+import quantkernels as qk
 from training.algorithms.base import Algorithm, build_quantizer, register, skip_option, split_parameters
 from training.config import ConfigError, choose, require
 
@@ -53,9 +54,7 @@ class Vanilla(Algorithm):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Swap every conv and linear layer (but the skipped ones) for its quantized form."""
-        import quantkernels
-
-        return quantkernels.prepare(
+        return qk.prepare(
             model,
             weight=build_quantizer(self.weight, "algorithm.weight") if self.weight else None,
             activation=build_quantizer(self.activation, "algorithm.activation") if self.activation else None,
