@@ -163,7 +163,13 @@ class Trainer:
 
     def run(self, resume: bool) -> Result:
         """Open the folder, train what is left, finish."""
-        self._open_folder(resume)
+        try:
+            self._open_folder(resume)
+            return self._train()
+        finally:
+            self.files.close()
+
+    def _train(self) -> Result:
         if self.files.finished:
             load_state(self.bare, self.files.model)
             return self._result(already_finished=True)
@@ -171,8 +177,7 @@ class Trainer:
         optimizer = build_optimizer(self.config, self.algorithm, self.bare)
         self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         self.algorithm.start(self.bare, self.total_steps, self.steps_per_epoch, self.config.run.epochs)
-        if resume:
-            self._load_checkpoint()
+        self._load_checkpoint()
         with self.display:
             while self.epoch < self.config.run.epochs:
                 self._train_epoch()

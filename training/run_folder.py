@@ -8,6 +8,7 @@ model.safetensors    the trained model's state dict; written last, so a run that
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -56,26 +57,43 @@ class RunFolder:
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.model = path / "model.safetensors"
+        self._lock: int | None = None
 
     def open(self, config: Config, processes: int, resume: bool) -> list[str]:
         """Make the folder ready and return what the user should know. Raises UserError, with the remedy."""
         if resume:
+            if not self.path.is_dir():
+                raise UserError(f"there is no run in {self.path} to resume; start it without --resume")
+            self._take_lock()
             return self._reopen(config, processes)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(
                 f"{self.path} exists; continue that run with --resume, choose another folder with --out, or remove it"
             )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
         self._create(config, processes)
         return []
 
+    def close(self) -> None:
+        """Let another process work in the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        """Be the only process that works in the folder, until `close` or the end of the process."""
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {self.path}") from error
+
     def _create(self, config: Config, processes: int) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         about = {"recipe": config.to_tables(), "versions": versions(), "processes": processes}
         checkpoint.write_atomically(self.config, json.dumps(about, indent=2).encode())
 
     def _reopen(self, config: Config, processes: int) -> list[str]:
-        if not self.path.is_dir():
-            raise UserError(f"there is no run in {self.path} to resume; start it without --resume")
         checkpoint.clean(self.path)
         if not self.config.exists() and not any(self.path.iterdir()):
             self._create(config, processes)  # it was killed before it had written anything

@@ -175,6 +175,15 @@ def test_resume_of_nothing(tiny, tmp_path):
         engine.run(tiny(), tmp_path / "run", resume=True)
 
 
+def test_one_process_at_a_time(tiny, uninterrupted):
+    first = engine.RunFolder(uninterrupted)
+    first.open(tiny(), 1, resume=True)
+    with pytest.raises(UserError, match="another process is training in"):
+        engine.run(tiny(), uninterrupted, resume=True)
+    first.close()
+    engine.run(tiny(), uninterrupted, resume=True)
+
+
 def test_resume_with_another_recipe(tiny, uninterrupted):
     with pytest.raises(UserError, match=r"started with optimizer\.lr = 0\.1, now it is 0\.2"):
         engine.run(tiny(optimizer={"lr": 0.2}), uninterrupted, resume=True)

@@ -65,7 +65,7 @@ def test_layers_and_groups():
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("activation", [None, {"kind": "PACT", "bits": 2}, {"kind": "MinMax", "bits": 4}])
+@pytest.mark.parametrize("activation", [None, {"kind": "PACT", "bits": 4}, {"kind": "MinMax", "bits": 4}])
 def test_learns_digits(tiny, tmp_path, activation):
     algorithm = TWO_BITS | ({"activation": activation} if activation else {})
     config = tiny(model={"width": 12}, data={"batch_size": 64}, run={"epochs": 10}, algorithm=algorithm)
@@ -75,8 +75,11 @@ def test_learns_digits(tiny, tmp_path, activation):
     inputs, _ = loaded.data.test.eval_batch(torch.arange(50))
     with torch.no_grad():
         assert torch.equal(loaded.model(inputs), result.model(inputs))
-        packed = qk.convert(result.model, fold=False)
-        assert torch.equal(packed(inputs), result.model(inputs))
+        trained, packed = result.model(inputs), qk.convert(result.model, fold=False)(inputs)
+    if activation:
+        assert torch.equal(packed, trained)
+    else:  # float activations: sums of floats, in the order that torch chooses for each memory layout
+        torch.testing.assert_close(packed, trained, rtol=1e-4, atol=1e-4)
 
 
 def test_resume_restores_alphas_and_statistics(tiny, tmp_path, monkeypatch, same_weights):
