@@ -44,7 +44,7 @@ def compare(benchmark: Any, contestants: Mapping[str, Callable[[], Any]], budget
     """
     costs = {name: warm_up(run) for name, run in contestants.items()}
     share = budget / len(contestants)
-    turns = {name: round(min(MOST_ROUNDS, max(3 if cost > 0.3 else 5, share / cost))) for name, cost in costs.items()}
+    turns = {name: turns_within(share, cost) for name, cost in costs.items()}
     rounds = turns[OURS]
     rivals = [name for name in contestants if name != OURS]
     times = {name: Times([]) for name in contestants}
@@ -72,10 +72,18 @@ def compare(benchmark: Any, contestants: Mapping[str, Callable[[], Any]], budget
 
 
 def warm_up(run: Callable[[], Any]) -> float:
-    """Seconds that a turn of `run` will take; compiles what it has to."""
+    """Seconds of a call: the least of a few, for one may meet a disturbance. Compiles what it must."""
     run()
-    cost = timed(run, SLOW)
-    return cost if cost >= SLOW else 2 * min(cost, *(timed(run, SLOW) for _ in range(3)))
+    costs = [timed(run, SLOW)]
+    while len(costs) < 5 and sum(costs) < 0.2:
+        costs.append(timed(run, SLOW))
+    return min(costs)
+
+
+def turns_within(seconds: float, cost: float) -> int:
+    """How many turns to take: what fits, but no fewer than give a median."""
+    turn = cost if cost >= SLOW else 2 * cost
+    return round(min(MOST_ROUNDS, max(3 if cost > 0.3 else 5, seconds / turn)))
 
 
 def timed(run: Callable[[], Any], cost: float) -> float:

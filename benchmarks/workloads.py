@@ -116,8 +116,9 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """For instance 2^20-float32-tensor."""
-        return f"2^{self.size.bit_length() - 1}-{self.dtype}-{self.layout}"
+        """For instance 1Mi-float32-tensor (pytest's -k takes no ^)."""
+        size = f"{self.size >> 20}Mi" if self.size >= 1 << 20 else f"{self.size >> 10}Ki"
+        return f"{size}-{self.dtype}-{self.layout}"
 
     @property
     def shape(self) -> tuple[int, int]:

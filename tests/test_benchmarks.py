@@ -22,6 +22,42 @@ from quantkernels._lib import _host
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"stats", "fake_quantize", "attention", "bitplanes", "matmul", "conv", "end_to_end"}
+ONE_OF_EACH = "float32-tensor or linear-w2a2 or conv-tiny-w4a8 or resnet18"
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a quick run of one workload of each family, in a process of its own."""
+    folder = tmp_path_factory.mktemp("results")
+    options = ["--benchmark-only", "--quick", f"--results={folder}", "-q", "-k", ONE_OF_EACH, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = folder.glob("*.json")
+    return path
+
+
+def test_quick_run_measures_one_workload_of_each_family(quick_run: Path) -> None:
+    data = store.read(quick_run)
+    assert {entry["family"] for entry in data["results"].values()} == FAMILIES
+    for entry in data["results"].values():
+        assert len(entry["seconds"]) >= 2 and all(s > 0 for s in entry["seconds"].values())
+    (run,) = data["runs"].values()
+    assert run["limits"]["int8_gops"] > 0 and run["versions"]["torch"]
+
+
+def test_what_a_run_measured_is_rendered(quick_run: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
+    results = tmp_path / "machine.json"
+    results.write_text(quick_run.read_text())
+    for _ in range(2):  # a second rendering replaces the first
+        render.main([str(results), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    for expected in ("dqa_2_4_8", "W2A2, M = 2", "W4A8, batch 1", "ResNet-18 inference", "![", "machine.png"):
+        assert text.count(expected) >= 1, expected
+    assert (tmp_path / "machine.png").stat().st_size > 10_000
 
 
 def test_readme_without_markers_is_refused(tmp_path: Path) -> None:
@@ -79,7 +115,7 @@ def test_goals() -> None:
 
 
 def test_entry_keeps_what_was_measured_and_its_limit() -> None:
-    (workload,) = [w for w in workloads() if w.name == "dqa_2_4_8-2^20-float32-tensor"]
+    (workload,) = [w for w in workloads() if w.name == "dqa_2_4_8-1Mi-float32-tensor"]
     times = {name: Times([s]) for name, s in ((OURS, 1e-3), ("copy_", 1e-4), ("eager", 2e-2))}
     found = store.entry(workload, times, {"threads": 2})
     assert found["limit_seconds"] == pytest.approx(3e-4)  # six passes, a copy makes two
