@@ -1,8 +1,9 @@
 """Backends as a test parameter.
 
-A test that takes ``backend`` runs on every backend that can run here and has kernels for all of the ops that its
-module names in ``OPS``. tests/test_backend.py has one test a backend: for one that cannot run, or that lacks a family,
-that test is the single skip with the reason. The summary at the end counts the tests that passed on each.
+A test that takes ``backend`` runs on every backend that can run here and has kernels for all of the ops named by the
+marker ``ops`` (of the test, or ``pytestmark`` of its module). tests/test_backend.py has one test a backend: for one
+that cannot run, or that lacks ops, that test is the single skip with the reason. The summary at the end counts the
+tests that passed on each.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ if not torch.cuda.is_available():
 from quantkernels.testing import BACKENDS, Backend
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ops(*names): the ops that a test's backend must have")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        ops = getattr(metafunc.module, "OPS", ())
+        marker = metafunc.definition.get_closest_marker("ops")
+        ops = marker.args if marker else ()
         # The CPU runs every op: one that is missing there fails.
         usable = [b for b in BACKENDS if b.missing is None and (b.name == "cpu" or b.has(*ops))]
         metafunc.parametrize("backend", usable, ids=str)

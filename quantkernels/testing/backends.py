@@ -71,8 +71,10 @@ class Backend:
     def has(self, *ops: str) -> bool:
         """Whether each op has a kernel for this backend's tensors."""
         key = "CUDA" if self.on_gpu() else "CPU"
-        names = (f"{NAMESPACES[self.choice]}::{op}" for op in ops)
-        return all(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for name in names)
+        name = f"{NAMESPACES[self.choice]}::"
+        return all(
+            hasattr(self.ops, op) and torch._C._dispatch_has_kernel_for_dispatch_key(name + op, key) for op in ops
+        )
 
     def chosen(self) -> Any:
         """Context manager: ``quantkernels.ops`` run on this backend."""

@@ -66,10 +66,15 @@ class Problem:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "scalar"
-        kind = Kind(self.kind).name.lower() + (str(self.levels) if self.kind == Kind.UNIFORM else "")
         dtype = str(self.dtype).removeprefix("torch.")
-        quantizer = f"{kind}-{Ste(self.ste).name.lower()}" + ("-special" if self.special else "")
-        return f"{shape}-{self.layout}-{dtype}-axis{self.axis}-{quantizer}"
+        ending = "-special" if self.special else ""
+        return f"{shape}-{self.layout}-{dtype}-axis{self.axis}-{self.quantizer_name}{ending}"
+
+    @property
+    def quantizer_name(self) -> str:
+        """For instance uniform15full, binary."""
+        kind = Kind(self.kind).name.lower()
+        return f"{kind}{self.levels}{Ste(self.ste).name.lower()}" if self.kind == Kind.UNIFORM else kind
 
     @property
     def channels(self) -> int:
@@ -113,8 +118,8 @@ class AttentionProblem:
     members: tuple[Problem, ...]
 
     def __str__(self) -> str:
-        names = "+".join(str(m).split("-", 4)[4].replace("-", ".") for m in self.members)
-        return f"{'-'.join(str(self.members[0]).split('-')[:4])}-{names}"
+        own = self.first.quantizer_name
+        return str(self.first).replace(own, "+".join(m.quantizer_name for m in self.members))
 
     @property
     def first(self) -> Problem:
@@ -128,7 +133,7 @@ class AttentionProblem:
 
     def grids(self, device: str = "cpu") -> Tensor:
         """float32 [K, channels, 3]."""
-        return torch.stack([replace(m, special=bool(k % 2)).grid() for k, m in enumerate(self.members)]).to(device)
+        return torch.stack([member.grid() for member in self.members]).to(device)
 
     def attention(self, device: str = "cpu") -> Tensor:
         """float32 [K], a softmax, with one exact 0 from K = 4 on."""

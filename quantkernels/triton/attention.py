@@ -16,7 +16,6 @@ from ._tiles import (
     FULL_STE,
     IDENTITY,
     UNIFORM,
-    Tiles,
     clamp_code,
     code_of,
     dense,
@@ -137,18 +136,18 @@ def _checked(
     levels: Sequence[int],
     stes: Sequence[int],
     axis: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tiles]:
+) -> tuple[Tensor, Tensor, Tensor]:
     check_float(op, "x", x)
     count = len(kinds)
-    check(1 <= count <= _MAX_QUANTIZERS, op, "kinds", f"1 to {_MAX_QUANTIZERS} numbers", count)
-    check(len(levels) == count, op, "levels", f"{count} numbers, one a quantizer", len(levels))
-    check(len(stes) == count, op, "stes", f"{count} numbers, one a quantizer", len(stes))
+    check(1 <= count <= _MAX_QUANTIZERS, op, "kinds", f"of 1 to {_MAX_QUANTIZERS} quantizers", count)
+    check(len(levels) == count, op, "levels", f"one for each of the {count} kinds", len(levels))
+    check(len(stes) == count, op, "stes", f"one for each of the {count} kinds", len(stes))
     for kind, n, ste in zip(kinds, levels, stes, strict=True):
         check_quantizer(op, kind, n, ste, last=3, plural="s")
     x = dense(x)
     channels = check_axis(op, x, axis)
     attention = parameters(op, "attention", attention, x, count)
-    return x, attention, parameters(op, "grids", grids, x, count, channels, 3), tiles_of(x, axis)
+    return x, attention, parameters(op, "grids", grids, x, count, channels, 3)
 
 
 def attention_quantize(
@@ -162,9 +161,10 @@ def attention_quantize(
 ) -> Tensor:
     """``quantkernels.ops.attention_quantize``."""
     op = "attention_quantize"
-    x, attention, grids, tiles = _checked(op, x, attention, grids, kinds, levels, stes, axis)
+    x, attention, grids = _checked(op, x, attention, grids, kinds, levels, stes, axis)
     out = torch.empty_like(x)
     if x.numel() > 0:
+        tiles = tiles_of(x, axis)
         attention_forward_kernel[tiles.launch](
             x,
             attention,
@@ -192,10 +192,11 @@ def attention_quantize_backward(
     """grad_x like x, grad_attention float32 [K], sums float32 [K, C, 3]."""
     op = "attention_quantize_backward"
     check_like(op, "grad", grad, x)
-    x, attention, grids, tiles = _checked(op, x, attention, grids, kinds, levels, stes, axis)
+    x, attention, grids = _checked(op, x, attention, grids, kinds, levels, stes, axis)
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(attention), torch.zeros_like(grids)
     grad = in_layout_of(grad, x)
+    tiles = tiles_of(x, axis)
     grad_x, partial = torch.empty_like(x), tiles.partial(x, len(kinds), 4)
     attention_backward_kernel[tiles.launch](
         grad,

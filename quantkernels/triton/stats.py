@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._checks import check, check_axis, check_float, parameters
+from ._checks import check, check_axis, check_float, check_quantizer, parameters
 from ._tiles import (
     _LARGEST,
     EXACT,
+    UNIFORM,
     clamp_code,
     dense,
     load_float,
@@ -19,8 +20,6 @@ from ._tiles import (
     tiles_of,
 )
 from .fake_quantize import store_sum
-
-INF = float("inf")
 
 
 @triton.jit
@@ -96,13 +95,13 @@ def range_errors_kernel(
 
 
 def channel_stats(x: Tensor, axis: int | None) -> Tensor:
-    """float32 [C, 4]: min, max, sum |x|, sum x^2. A NaN makes all four of its channel NaN."""
+    """float32 [C, 4]: min, max, sum |x|, sum x^2. A NaN makes all four of its channel NaN; zeros without elements."""
     op = "channel_stats"
     check_float(op, "x", x)
     channels = check_axis(op, x, axis)
     x = dense(x)
     if x.numel() == 0:
-        return x.new_tensor([INF, -INF, 0.0, 0.0], dtype=torch.float32).repeat(channels, 1)
+        return x.new_zeros((channels, 4), dtype=torch.float32)
     tiles = tiles_of(x, axis)
     partial = tiles.partial(x, 4)
     channel_stats_kernel[tiles.launch](x, partial, **tiles.arguments, **EXACT)
@@ -136,7 +135,7 @@ def range_errors(x: Tensor, candidates: Tensor, levels: int, axis: int | None) -
     x = dense(x)
     count = candidates.shape[1]
     candidates = parameters(op, "candidates", candidates, x, check_axis(op, x, axis), count)
-    check(1 <= levels <= 255, op, "levels", "from 1 to 255", levels)
+    check_quantizer(op, UNIFORM.value, levels)
     if x.numel() == 0 or count == 0:
         return torch.zeros_like(candidates)
     tiles = tiles_of(x, axis)

@@ -10,7 +10,7 @@ from quantkernels import ops, reference
 from quantkernels.ops import Kind, Ste
 from quantkernels.testing import Problem, assert_bit_equal, assert_sums_close, problems
 
-OPS = ("fake_quantize", "fake_quantize_backward")
+pytestmark = pytest.mark.ops("fake_quantize", "fake_quantize_backward")
 NAN, INF = float("nan"), float("inf")
 FEW = [
     Problem((37,), levels=7, ste=Ste.FULL),
@@ -107,7 +107,8 @@ def test_sums_have_the_same_bits_on_every_run(backend, axis, layout):
             runs.append(backend.ops.fake_quantize_backward(grad, x, grid, *problem.quantizer)[1])
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    assert_bit_equal(runs[1], runs[0])
+    assert_bit_equal(runs[2], runs[0])
 
 
 @pytest.mark.parametrize("problem", FEW, ids=str)

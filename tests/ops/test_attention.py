@@ -1,0 +1,178 @@
+"""attention_quantize and its gradients on every backend, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from quantkernels import ops, reference
+from quantkernels.ops import Kind, Ste
+from quantkernels.testing import (
+    AttentionProblem,
+    Problem,
+    assert_bit_equal,
+    assert_sums_close,
+    attention_problems,
+)
+
+pytestmark = pytest.mark.ops("attention_quantize", "attention_quantize_backward")
+INF = float("inf")
+
+
+def arguments(problem: AttentionProblem, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return problem.x(device), problem.attention(device), problem.grids(device)
+
+
+def on_cpu(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.detach().cpu() for t in tensors]
+
+
+@pytest.mark.parametrize("problem", attention_problems(), ids=str)
+def test_forward_is_bit_equal(backend, problem):
+    x, attention, grids = arguments(problem, backend.device)
+    q = backend.ops.attention_quantize(x, attention, grids, *problem.quantizers)
+    assert_bit_equal(q, reference.attention_quantize(*on_cpu(x, attention, grids), *problem.quantizers))
+    assert q.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("problem", attention_problems(), ids=str)
+def test_backward(backend, problem):
+    x, attention, grids = arguments(problem, backend.device)
+    grad = problem.grad(backend.device)
+    grad_x, grad_attention, sums = backend.ops.attention_quantize_backward(
+        grad, x, attention, grids, *problem.quantizers
+    )
+    expected = reference.attention_quantize_backward(*on_cpu(grad, x, attention, grids), *problem.quantizers)
+    assert_bit_equal(grad_x, expected[0])
+    total = reference.channel_stats(grad.cpu(), problem.first.axis)[:, 2:3]  # sum |g| of each channel
+    assert_sums_close(sums, expected[2], total, problem.first.per_channel)
+    magnitude = attention_magnitude(problem, x.cpu(), grad.cpu(), grids.cpu(), total)
+    # Where terms come near the end of float32, or are not finite, a sum's value depends on its order.
+    ordinary = magnitude < 1e30
+    assert_sums_close(grad_attention.cpu()[ordinary], expected[1][ordinary], magnitude[ordinary], max(x.numel(), 1))
+
+
+def attention_magnitude(
+    problem: AttentionProblem, x: torch.Tensor, grad: torch.Tensor, grids: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    """[K]: a bound of the sum of the terms |g Q_k(x)|."""
+    kinds, levels, _, _ = problem.quantizers
+    if not x.isfinite().all():
+        return torch.full((len(kinds),), INF)
+    parts = []
+    for k, kind in enumerate(kinds):
+        if kind == Kind.IDENTITY:
+            parts.append((grad.double() * x.double()).abs().sum())
+        else:
+            largest = grids[k, :, 0].abs() + grids[k, :, 1].abs() * levels[k]
+            parts.append((largest * total[:, 0]).double().sum())
+    return torch.stack(parts)
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_all_attention_on_one_member_is_that_member(backend, k):
+    members = ((Kind.UNIFORM, 3), (Kind.UNIFORM, 255), (Kind.TERNARY, 2))
+    problem = AttentionProblem(tuple(Problem((4, 33), axis=0, kind=kind, levels=n) for kind, n in members))
+    x, _, grids = arguments(problem, backend.device)
+    attention = torch.eye(3, device=backend.device)[k]
+    q = backend.ops.attention_quantize(x, attention, grids, *problem.quantizers)
+    alone = backend.ops.fake_quantize(x, grids[k], *problem.members[k].quantizer)
+    assert_bit_equal(q, alone)
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("stes", [(0, 0, 0), (1, 0, 2)])
+def test_autograd_agrees_with_the_reference(backend, stes, axis):
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 6)
+    channels = 1 if axis is None else 4
+    one = torch.stack((-torch.rand(channels), torch.rand(channels) * 0.5 + 0.1, torch.zeros(channels)), 1)
+    grids, attention = torch.stack((one, one * 0.5, one * 1.2)), torch.tensor([0.5, 0.3, 0.2])
+    upstream = torch.randn_like(x)
+    results = []
+    for run, device in (
+        (reference.differentiable_attention_quantize, "cpu"),
+        (ops.attention_quantize, backend.device),
+    ):
+        leaves = [t.clone().to(device).requires_grad_() for t in (x, attention, grids)]
+        with backend.chosen():
+            q = run(*leaves, [Kind.UNIFORM] * 3, [3, 7, 15], stes, axis)
+        grads = torch.autograd.grad(q, leaves, upstream.to(device), allow_unused=True)
+        results.append([q, *(torch.zeros(()) if g is None else g for g in grads)])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradcheck_in_the_attention(backend):
+    """q is linear in the attention, so its numeric derivative is exact up to rounding."""
+    problem = AttentionProblem(
+        (Problem((12,), levels=3), Problem((12,), kind=Kind.BINARY, levels=1), Problem((12,), kind=Kind.IDENTITY))
+    )
+    x, attention, _ = arguments(problem, backend.device)
+    grids = torch.tensor([[[-1.0, 0.5, 0.0]], [[-0.7, 1.4, 0.0]], [[0.0, 0.0, 0.0]]], device=backend.device)
+
+    def mixture(a: torch.Tensor) -> torch.Tensor:
+        return ops.attention_quantize(x.clamp(-2, 2), a, grids, *problem.quantizers)
+
+    with backend.chosen(), pytest.warns(UserWarning, match="double precision"):
+        torch.autograd.gradcheck(mixture, (attention.requires_grad_(),), eps=2**-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis, layout", [(None, "contiguous"), (1, "contiguous"), (1, "channels_last")])
+def test_sums_have_the_same_bits_on_every_run(backend, axis, layout):
+    shape = (3, 24, 10, 11) if backend.emulated else (4, 48, 40, 41)
+    stes = (Ste.FULL, Ste.CLIP, Ste.IDENTITY)
+    members = tuple(Problem(shape, layout=layout, axis=axis, levels=15, ste=ste) for ste in stes)
+    problem = AttentionProblem(members)
+    inputs = (problem.grad(backend.device), *arguments(problem, backend.device), *problem.quantizers)
+    first, threads = backend.ops.attention_quantize_backward(*inputs), torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            again = backend.ops.attention_quantize_backward(*inputs)
+            for one, other in zip(first, again, strict=True):
+                assert_bit_equal(other, one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("problem", attention_problems(shapes=[(2, 3, 4, 5)])[:3], ids=str)
+def test_opcheck(backend, problem):
+    leaves = [t.requires_grad_() for t in arguments(problem, backend.device)]
+    opcheck(backend.ops.attention_quantize.default, (*leaves, *problem.quantizers))
+    plain = [t.detach() for t in leaves]
+    inputs = (problem.grad(backend.device), *plain, *problem.quantizers)
+    opcheck(backend.ops.attention_quantize_backward.default, inputs)
+
+
+COMPLAINTS = {
+    "x": ({"x": torch.zeros(2, 3).int()}, "x must be float32, float16 or bfloat16, got Int"),
+    "attention": ({"attention": torch.ones(3)}, r"attention must be of shape \[2\], got \[3\]"),
+    "grids": ({"grids": torch.zeros(2, 2, 3)}, r"grids must be of shape \[2, 1, 3\], got \[2, 2, 3\]"),
+    "none": ({"kinds": []}, "kinds must be of 1 to 8 quantizers, got 0"),
+    "nine": ({"kinds": [0] * 9}, "kinds must be of 1 to 8 quantizers, got 9"),
+    "kinds": ({"kinds": [0, 4]}, "kinds must be 0 .*, got 4"),
+    "levels": ({"levels": [3]}, "levels must be one for each of the 2 kinds, got 1"),
+    "levels-value": ({"levels": [3, 6]}, r"levels must be 2\^n - 1 .*, got 6"),
+    "stes": ({"stes": [0, 0, 0]}, "stes must be one for each of the 2 kinds, got 3"),
+    "stes-value": ({"kinds": [0, 3], "stes": [0, 1]}, "stes must be 0 .* not uniform, got 1"),
+    "axis": ({"axis": 5}, r"axis must be None or in \[-2, 1\] .*, got 5"),
+}
+
+
+@pytest.mark.parametrize("name", COMPLAINTS)
+def test_complaints_name_op_argument_expected_and_got(backend, name):
+    changes, message = COMPLAINTS[name]
+    inputs = {
+        "x": torch.zeros(2, 3),
+        "attention": torch.ones(2),
+        "grids": torch.zeros(2, 1, 3),
+        "kinds": [0, 0],
+        "levels": [3, 3],
+        "stes": [0, 0],
+        "axis": None,
+    } | changes
+    values = [v.to(backend.device) if isinstance(v, torch.Tensor) else v for v in inputs.values()]
+    with pytest.raises(RuntimeError, match=f"^attention_quantize: {message}"):
+        backend.ops.attention_quantize(*values)
