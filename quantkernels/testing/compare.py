@@ -7,8 +7,8 @@ from torch import Tensor
 
 # Rounding error of one float32 operation.
 UNIT = 2.0**-24
-# The fewest partial sums that any kernel keeps for a long row; they are added at the end.
-PARTIAL_SUMS = 8
+# The longest chain of additions of any kernel before it starts a new partial sum (csrc/cpu/traverse.h: kMaxBlockRows).
+LONGEST_CHAIN = 4096
 # Roundings of a term before it is added, of the tree over the partial sums, and of the result.
 FIXED_ROUNDINGS = 40
 
@@ -34,12 +34,15 @@ def assert_bit_equal(actual: Tensor, expected: Tensor) -> None:
 def sum_tolerance(magnitude: Tensor, count: int) -> Tensor:
     """The most by which a float32 sum of ``count`` terms may differ from the exact one; ``magnitude`` = sum |terms|.
 
-    A term takes part in at most d additions, each with a relative rounding error of 2^-24, so the error is at most
-    d * 2^-24 * sum |terms| to first order (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). With
-    p partial sums d is count / p and a little more. Underflow of a term adds less than 2^-149 each.
+    A term takes part in d additions, each with a relative rounding error of at most u = 2^-24. The error is then at
+    most d * u * sum |terms| (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2), and at most
+    8 * sqrt(d) * u * sum |terms| with a probability of all but 1e-13 * d if the roundings are independent (Higham and
+    Mary, A new approach to probabilistic rounding error analysis, 2019): a bound that one term left out still exceeds.
+    Underflow of a term adds less than 2^-149.
     """
-    depth = count / PARTIAL_SUMS + FIXED_ROUNDINGS
-    return depth * UNIT * magnitude.double() + (count + 1) * 2.0**-149
+    depth = min(count, LONGEST_CHAIN)
+    roundings = min(depth, 8 * depth**0.5) + FIXED_ROUNDINGS
+    return roundings * UNIT * magnitude.double() + (count + 1) * 2.0**-149
 
 
 def assert_sums_close(actual: Tensor, expected: Tensor, magnitude: Tensor, count: int) -> None:

@@ -229,7 +229,8 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     if layout in ("channels_last", "transposed") and dim >= 2:
         return values.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "sliced" and dim >= 1:
-        wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1] + 1), float("nan"))
+        gap = float("nan") if values.is_floating_point() else 255
+        wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1] + 1), gap)
         wide[..., 1::2] = values
         return wide[..., 1::2]
     if layout == "expanded" and dim >= 2 and values.shape[1] > 0:

@@ -140,7 +140,7 @@ def tile_of(
 def load_float(pointer, inside):
     """float32 of the elements; 0 outside."""
     if _INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
-        # The interpreter gets bfloat16 subnormals wrong; widening is a shift.
+        # The interpreter gets bfloat16 subnormals wrong. Widening is a shift.
         bits = tl.load(pointer.to(tl.pointer_type(tl.uint16), bitcast=True), mask=inside, other=0)
         return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)

@@ -14,6 +14,7 @@ from quantkernels.testing import (
     assert_bit_equal,
     assert_sums_close,
     attention_problems,
+    lay_out,
 )
 
 pytestmark = pytest.mark.ops("attention_quantize", "attention_quantize_backward")
@@ -137,9 +138,13 @@ def test_sums_have_the_same_bits_on_every_run(backend, axis, layout):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("problem", attention_problems(shapes=[(2, 3, 4, 5)])[:3], ids=str)
+@pytest.mark.parametrize("problem", attention_problems(shapes=[(2, 3, 4, 5)], special=[False])[:3], ids=str)
 def test_opcheck(backend, problem):
-    leaves = [t.requires_grad_() for t in arguments(problem, backend.device)]
+    x, attention, grids = arguments(problem, backend.device)
+    # opcheck takes equal NaNs for a difference, so everything stays finite here.
+    x = lay_out(torch.randn(x.shape).to(x), problem.first.layout)
+    grids = torch.tensor([-1.0, 0.3, 0.4], device=backend.device).expand(grids.shape).contiguous()
+    leaves = [t.requires_grad_() for t in (x, attention, grids)]
     opcheck(backend.ops.attention_quantize.default, (*leaves, *problem.quantizers))
     plain = [t.detach() for t in leaves]
     inputs = (problem.grad(backend.device), *plain, *problem.quantizers)
