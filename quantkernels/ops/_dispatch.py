@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import _library
+from ._register import eager
 
 # "native" is the kernels compiled for the tensor's device: csrc/cpu or csrc/cuda. The others have a namespace of their
 # own with the same schemas, so that one program can hold all of them against each other.
@@ -67,14 +68,17 @@ def backends() -> Iterator[str]:
 
 def call(op: str, *args: Any) -> Any:
     """Run op of the current backend's namespace; a kernel that is not there is one clear sentence."""
-    packet = getattr(getattr(torch.ops, NAMESPACES[_current]), op, None)
+    namespace = NAMESPACES[_current]
+    packet = getattr(getattr(torch.ops, namespace), op, None)
     if packet is None:
         raise NotImplementedError(
             f"quantkernels.{op}: the {_current} backend does not have this op; choose another with "
             "quantkernels.backend(...)"
         )
+    # Tracers and functorch's transforms need the dispatcher to see the op whole.
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     try:
-        return packet.default(*args)
+        return packet.default(*args) if traced else eager(op, namespace)(*args)
     except NotImplementedError as error:
         if f"::{op}" not in str(error):
             raise

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class OpRules:
 
 RULES: dict[str, OpRules] = {}
 
+_EAGER: dict[tuple[str, str], Callable[..., Any]] = {}
+
 
 def rules(op: str, rule: OpRules) -> None:
     """Record an op's rules and register them for the native namespace."""
@@ -39,3 +42,46 @@ def register(op: str, namespace: str) -> None:
     if rule.backward is not None:
         backward = partial(rule.backward, getattr(torch.ops, namespace))
         torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=rule.setup_context)
+
+
+def eager(op: str, namespace: str) -> Callable[..., Any]:
+    """``op`` of ``namespace`` for eager mode, with the same gradient as the registered one at half its fixed cost.
+
+    torch.library's autograd enters Python through the dispatcher twice a call; an ``autograd.Function`` around the kernel
+    enters it once. A layer's weight is quantized in a few hundred microseconds, so this shows.
+    """
+    key = (op, namespace)
+    if key not in _EAGER:
+        _EAGER[key] = _make_eager(op, namespace)
+    return _EAGER[key]
+
+
+def _make_eager(op: str, namespace: str) -> Callable[..., Any]:
+    rule, ops = RULES[op], getattr(torch.ops, namespace)
+    overload = getattr(ops, op).default
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    if rule.backward is None or rule.setup_context is None:
+        return kernel
+    backward, setup_context = rule.backward, rule.setup_context
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = kernel(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ops, ctx, *grads)
+
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return Op.apply(*args)
+        return kernel(*args)
+
+    return run
