@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for a GPU that need not be there; prints its PTX as JSON, {name: ptx}.
 
-Run by test_compile.py in a process of its own, because there Triton must not be in its interpreter.
+Run by test_gpu_code.py in a process of its own, because there Triton must not be in its interpreter.
 """
 
 from __future__ import annotations

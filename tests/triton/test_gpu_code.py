@@ -19,7 +19,10 @@ pytest.importorskip("triton")
 def ptx(request, tmp_path_factory) -> dict[str, str]:
     """PTX of every kernel for one compute capability."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     script = str(Path(__file__).parent / "compile_kernels.py")
     command = [sys.executable, script, str(request.param)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
