@@ -26,7 +26,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 68rem; m
   padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .3rem .8rem; text-align: right }
-td:first-child, th:first-child { text-align: left } thead th { border-bottom: 2px solid #444 }
+.text { text-align: left } thead th { border-bottom: 2px solid #444 }
 tbody tr:nth-child(even) { background: #f5f6f8 } td { font-variant-numeric: tabular-nums }
 .notes { background: #fff6e0; border-left: 4px solid #e69f00; padding: .5rem 1rem }
 figure { margin: 1rem 0 } figcaption { color: #555; font-size: .9rem } img { max-width: 100%; height: auto }
@@ -111,10 +111,16 @@ def runs_table(groups: Mapping[str, Sequence[Run]]) -> Table:
 
 
 def table_html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; every cell is escaped."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    """A table; every cell is escaped, and columns with words are aligned to the left, numbers to the right."""
+    words = [any(row[i][:1].isalpha() for row in rows) for i in range(len(header))]
+    kinds = [' class="text"' if word else "" for word in words]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        marked = zip(kinds, cells, strict=True)
+        return "<tr>" + "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in marked) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"
 
 
 def figure_html(figure: Figure, caption: str) -> str:
@@ -145,14 +151,15 @@ def _one_each(runs: Sequence[Run], key: str) -> list[Run]:
 
 
 def _learning_curves(groups: Mapping[str, Sequence[Run]]) -> list[str]:
-    wanted = [("eval_accuracy", "test accuracy (%)", True), ("train_loss", "training loss", False)]
+    # No training losses: those of DQA hold its regulariser and would dwarf all others.
+    wanted = [("eval_accuracy", "test accuracy (%)"), ("train_accuracy", "training accuracy (%)")]
     figures = []
-    for key, label, percent in wanted:
+    for key, label in wanted:
         curves = {name: [run.series(key) for run in group if run.series(key)[0]] for name, group in groups.items()}
         curves = {name: series for name, series in curves.items() if series}
         if curves:
             caption = f"{label}; lines: mean over seeds, bands: lowest to highest"
-            figures.append(figure_html(figure_learning_curves(curves, label, percent), caption))
+            figures.append(figure_html(figure_learning_curves(curves, label, percent=True), caption))
     return figures or ["<p>No run has a finished epoch.</p>"]
 
 

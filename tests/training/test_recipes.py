@@ -1,9 +1,12 @@
 """Every recipe is valid, and its network and algorithm can be built; files that extend others."""
 
 import pytest
+import torch
 
 from training import config
+from training.algorithms.base import build_algorithm
 from training.config import ConfigError
+from training.models import build_model
 
 RECIPES = [config.recipe_name(path) for path in config.recipe_files()]
 CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100, "folder": 1000}
@@ -29,6 +32,19 @@ def test_recipe_is_valid(name):
         assert 0 < recipe.paper.accuracy < 100
         assert recipe.run.epochs == (90 if "imagenet" in name else 300)
         assert recipe.data.batch_size == (256 if "imagenet" in name else 128)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_network_and_algorithm_of_the_recipe_can_be_built(name):
+    recipe = config.load(name)
+    data = recipe.data.name
+    with torch.device("meta"):  # shapes without memory: it is the seventy-fold initialisation that takes time
+        model = build_model(recipe.model.name, CLASSES[data], in_channels=CHANNELS.get(data, 3), **recipe.model.options)
+    algorithm = build_algorithm(recipe.algorithm.name, recipe.algorithm.options)
+    model = algorithm.prepare(model)
+    groups = algorithm.parameter_groups(model, {"lr": 0.1, "weight_decay": 0.0})
+    given = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(given) == sorted(id(parameter) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

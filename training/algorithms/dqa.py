@@ -36,7 +36,7 @@ def build_tables(tables: Tables, where: str) -> list[nn.Module]:
     return sorted(quantizers, key=lambda quantizer: quantizer.bits)
 
 
-def relaxed_modules(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Module]:
+def relaxed_modules(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
     """Path -> quantizer, for every weight or activation quantizer of that kind, in the model's order."""
     modules = model.named_modules()
     return {name: m for name, m in modules if isinstance(m, kind) and name.rpartition(".")[2] in ROOMS}
