@@ -19,8 +19,9 @@ enum class Mix {
 // Fields of the ChannelTable: base, then four a quantizer.
 inline constexpr int kFields = 4;
 
-// kCount quantizers; 0: any number up to kMaxQuantizers, told at run time.
-template <Mix kMix, int kCount>
+// kCount quantizers; 0: any number up to kMaxQuantizers, told at run time. kFloored: nobody asks for a position below zero.
+// Clamping there commutes with the multiplication by an inverse step that is positive, so members with one offset share it.
+template <Mix kMix, int kCount, bool kFloored>
 struct Members {
   static constexpr int kSize = kCount ? kCount : kMaxQuantizers;
   struct Params {
@@ -51,16 +52,22 @@ struct Members {
     return p;
   }
 
-  // Clamping below zero commutes with the multiplication by an inverse step that is positive, so it is shared, too.
   static Vec shared(Vec x, const Params& p) {
-    return kMix == Mix::kSharedOffset ? max(splat(0.0f), x - p.offset[0]) : x;
+    if constexpr (kMix != Mix::kSharedOffset) return x;
+    return kFloored ? max(splat(0.0f), x - p.offset[0]) : x - p.offset[0];
   }
 
-  // Code of x; of an identity member x itself.
+  // Of a uniform member.
+  Vec position(int k, Vec shared, const Params& p) const {
+    return (kMix == Mix::kSharedOffset ? shared : shared - p.offset[k]) * p.inverse[k];
+  }
+
+  // Code of x at its position; of an identity member x itself.
   Vec code(int k, Vec x, Vec shared, const Params& p) const {
-    if constexpr (kMix == Mix::kSharedOffset) return round_to_even(min(levels[k], shared * p.inverse[k]));
-    if (kMix == Mix::kUniform || kinds[k] == Kind::kUniform)
-      return round_to_even(clamp_code((x - p.offset[k]) * p.inverse[k], levels[k]));
+    if (kMix != Mix::kAny || kinds[k] == Kind::kUniform) {
+      const Vec at = position(k, shared, p);
+      return round_to_even(kMix == Mix::kSharedOffset && kFloored ? min(levels[k], at) : clamp_code(at, levels[k]));
+    }
     return kinds[k] == Kind::kBinary ? binary_code(x) : kinds[k] == Kind::kTernary ? ternary_code(x, p.threshold[k]) : x;
   }
 
@@ -72,8 +79,8 @@ struct Members {
 };
 
 template <Mix kMix, int kCount, class T>
-struct Forward : Members<kMix, kCount> {
-  using Base = Members<kMix, kCount>;
+struct Forward : Members<kMix, kCount, true> {
+  using Base = Members<kMix, kCount, true>;
   static constexpr int kSums = 0;
   const T* x;
   T* out;
@@ -90,16 +97,19 @@ struct Forward : Members<kMix, kCount> {
   }
 };
 
-// Accumulators: sum g; sum g c_k (of an identity member sum g x) a quantizer; with clips below, above and inside a quantizer.
-template <Mix kMix, int kCount, bool kClips, class T>
-struct Backward : Members<kMix, kCount> {
-  using Base = Members<kMix, kCount>;
-  static constexpr int kSums = 1 + Base::kSize * (kClips ? 4 : 1);
+// Accumulators: sum g; sum g c_k a quantizer (of an identity member sum g x); then what kSte, the most that any member asks
+// for, adds a quantizer: below and above, and inside.
+template <Mix kMix, int kCount, Ste kSte, class T>
+struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
+  using Base = Members<kMix, kCount, kSte == Ste::kIdentity>;
+  static constexpr int kSize = Base::kSize;
+  static constexpr int kRangeSums = kSte == Ste::kFull ? 3 : kSte == Ste::kClip ? 2 : 0;
+  static constexpr int kSums = 1 + kSize * (1 + kRangeSums);
   const T* grad;
   const T* x;
   T* out;
-  Vec slope;  // without clips the same for every element
-  Ste stes[Base::kSize];
+  Vec slope;            // without clips the same for every element
+  Mask passing[kSize];  // all lanes for members whose estimator passes every gradient
 
   explicit Backward(const AttentionArgs& args)
       : Base(args),
@@ -109,7 +119,7 @@ struct Backward : Members<kMix, kCount> {
         slope(splat(0.0f)) {
     for (int k = 0; k < this->size(); ++k) {
       slope = slope + this->attention[k];
-      stes[k] = args.stes[k];
+      passing[k] = first_lanes(args.stes[k] == Ste::kIdentity ? kLanes : 0);
     }
   }
 
@@ -117,25 +127,26 @@ struct Backward : Members<kMix, kCount> {
   void operator()(int64_t i, Lanes lanes, const typename Base::Params& p, Vec* sums) const {
     const Vec g = load(grad + i, lanes), value = load(x + i, lanes), shared = Base::shared(value, p);
     sums[0] = sums[0] + g;
-    Vec passed = kClips ? splat(0.0f) : slope;
+    Vec passed = kSte == Ste::kIdentity ? slope : splat(0.0f);
     for (int k = 0; k < this->size(); ++k) {
       const Vec code = this->code(k, value, shared, p);
       sums[1 + k] = multiply_add(g, code, sums[1 + k]);
-      if constexpr (kClips) passed = passed + clip(k, g, value, code, p, sums + 1 + Base::kSize + 3 * k);
+      if constexpr (kSte != Ste::kIdentity)
+        passed = add_where(passed, clip(k, g, shared, code, p, sums + 1 + kSize + kRangeSums * k), this->attention[k]);
     }
     store(out + i, g * passed, lanes);
   }
 
  private:
-  // a_k where the straight-through estimator of member k lets the gradient pass, else 0.
-  Vec clip(int k, Vec g, Vec value, Vec code, const typename Base::Params& p, Vec* sums) const {
-    if (stes[k] == Ste::kIdentity) return this->attention[k];
-    const Vec zero = splat(0.0f), levels = this->levels[k];
-    const Vec position = (value - p.offset[k]) * p.inverse[k];
-    sums[0] = sums[0] + keep(less(position, zero), g);
-    sums[1] = sums[1] + keep(less_equal(levels, position), g);
-    if (stes[k] == Ste::kFull) sums[2] = multiply_add(g, code - clamp_code(position, levels), sums[2]);
-    return keep(both(less_equal(zero, position), less_equal(position, levels)), this->attention[k]);
+  // Where the straight-through estimator of member k lets the gradient pass. Sums that member k has no use for are added, too:
+  // a branch here would keep all of them out of registers.
+  Mask clip(int k, Vec g, Vec shared, Vec code, const typename Base::Params& p, Vec* sums) const {
+    const Vec zero = splat(0.0f), levels = this->levels[k], position = this->position(k, shared, p);
+    sums[0] = add_where(sums[0], less(position, zero), g);
+    sums[1] = add_where(sums[1], less_equal(levels, position), g);
+    if constexpr (kSte == Ste::kFull)
+      sums[2] = multiply_add(g, code - clamp_code(position, levels), sums[2]);
+    return either(passing[k], both(less_equal(zero, position), less_equal(position, levels)));
   }
 };
 
@@ -188,7 +199,7 @@ void with_members(const AttentionArgs& args, const F& f) {
 }
 
 // totals: the accumulators of Backward, [kSums][channels].
-void finish_backward(const AttentionArgs& args, const std::vector<double>& totals, int size, bool clips) {
+void finish_backward(const AttentionArgs& args, const std::vector<double>& totals, int size, int range_sums) {
   const int64_t channels = args.layout.channels;
   for (int64_t k = 0; k < args.count; ++k) {
     double product = 0.0;  // <g, Q_k>
@@ -196,9 +207,10 @@ void finish_backward(const AttentionArgs& args, const std::vector<double>& total
       const float* const row = grid_row(args, k, c);
       const double with_code = totals[(1 + k) * channels + c];
       product += args.kinds[k] == Kind::kIdentity ? with_code : row[0] * totals[c] + row[1] * with_code;
+      const int used = args.stes[k] == Ste::kFull ? 3 : args.stes[k] == Ste::kClip ? 2 : 0;
       for (int s = 0; s < 3; ++s)
         args.sums[(k * channels + c) * 3 + s] =
-            clips ? static_cast<float>(totals[(1 + size + 3 * k + s) * channels + c]) : 0.0f;
+            s < used ? static_cast<float>(totals[(1 + size + range_sums * k + s) * channels + c]) : 0.0f;
     }
     args.grad_attention[k] = static_cast<float>(product);
   }
@@ -217,13 +229,18 @@ void attention_quantize_forward(const AttentionArgs& args) {
 void attention_quantize_backward(const AttentionArgs& args) {
   const Walk walk = walk_of(args.layout);
   const ChannelTable table = members_table(args, walk);
-  const bool clips = std::any_of(args.stes, args.stes + args.count, [](Ste ste) { return ste != Ste::kIdentity; });
+  const Ste most = *std::max_element(args.stes, args.stes + args.count);
   with_type(args.dtype, [&]<class T>(T*) {
     with_members(args, [&]<Mix kMix, int kCount>() {
-      const auto run = [&](const auto& op) {
-        finish_backward(args, traverse(args.layout, walk, table, op), op.kSize, clips);
+      const auto run = [&]<Ste kSte>() {
+        using Op = Backward<kMix, kCount, kSte, T>;
+        finish_backward(args, traverse(args.layout, walk, table, Op(args)), Op::kSize, Op::kRangeSums);
       };
-      clips ? run(Backward<kMix, kCount, true, T>(args)) : run(Backward<kMix, kCount, false, T>(args));
+      switch (most) {
+        case Ste::kIdentity: return run.template operator()<Ste::kIdentity>();
+        case Ste::kClip: return run.template operator()<Ste::kClip>();
+        case Ste::kFull: return run.template operator()<Ste::kFull>();
+      }
     });
   });
 }

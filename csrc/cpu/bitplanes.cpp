@@ -13,7 +13,6 @@ namespace {
 
 inline constexpr int64_t kChunk = 2048;              // codes between encoding and packing: they stay in L1
 inline constexpr int64_t kGrainCodes = 1 << 15;
-inline constexpr int kWordsAtOnce = kBytes / kWordBits;
 static_assert(std::endian::native == std::endian::little, "a 64-bit word is stored as two 32-bit ones");
 
 template <Kind kKind, class T>
@@ -38,23 +37,23 @@ struct Encode {
   }
 };
 
-// Codes 0, 1, 2 as thermometers 00, 01, 11: code + (code == 2).
-inline Bytes digits_of(Kind kind, Bytes codes) {
-  return kind == Kind::kTernary ? add_where(codes, bits_at(codes, 1), 1) : codes;
-}
-
-// codes: n of one row; planes: their words in plane 0, other planes `plane_stride` words on. Adds the ones to counts[bits].
+// codes: at most a chunk of one row; planes: their words in plane 0, other planes `plane_stride` words on. Adds the ones to
+// counts[bits]. The words are collected first: planes often lie a power of two apart, and writing them in turns would throw
+// each other's lines out of the cache.
 void pack_codes(const uint8_t* codes, int64_t n, Kind kind, int bits, int32_t* planes, int64_t plane_stride, int32_t* counts) {
-  for (int64_t i = 0; i < n; i += kBytes) {
-    const int length = static_cast<int>(std::min<int64_t>(kBytes, n - i));
-    const Bytes digits = digits_of(kind, load_bytes(codes + i, length));
-    const size_t size = (length + kWordBits - 1) / kWordBits * sizeof(int32_t);
-    for (int plane = 0; plane < bits; ++plane) {
-      const Word word = bits_at(digits, digit_of_plane(kind, bits, plane));
-      counts[plane] += std::popcount(word);
-      int32_t* const to = planes + plane * plane_stride + i / kWordBits;
-      length == kBytes ? std::memcpy(to, &word, sizeof word) : std::memcpy(to, &word, size);
-    }
+  Word words[kMaxBits][kChunk / kBytes];
+  const int64_t groups = (n + kBytes - 1) / kBytes;
+  for (int64_t group = 0; group < groups; ++group) {
+    Word digits[kMaxBits];
+    const int length = static_cast<int>(std::min<int64_t>(kBytes, n - group * kBytes));
+    split_bits(load_bytes(codes + group * kBytes, length), bits, digits);
+    if (kind == Kind::kTernary) digits[0] |= digits[1];  // codes 0, 1, 2 as thermometers 00, 01, 11
+    for (int digit = 0; digit < bits; ++digit) words[digit][group] = digits[digit];
+  }
+  for (int plane = 0; plane < bits; ++plane) {
+    const Word* const from = words[digit_of_plane(kind, bits, plane)];
+    for (int64_t group = 0; group < groups; ++group) counts[plane] += std::popcount(from[group]);
+    std::memcpy(planes + plane * plane_stride, from, words_of(n) * sizeof(int32_t));
   }
 }
 

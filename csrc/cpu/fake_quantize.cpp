@@ -39,8 +39,8 @@ struct Backward {
     const Vec g = load(grad + i, lanes), zero = splat(0.0f);
     if constexpr (kSte == Ste::kIdentity) return store(out + i, g, lanes);
     const Vec position = position_of(load(x + i, lanes), grid);
-    sums[0] = sums[0] + keep(less(position, zero), g);
-    sums[1] = sums[1] + keep(less_equal(levels, position), g);
+    sums[0] = add_where(sums[0], less(position, zero), g);
+    sums[1] = add_where(sums[1], less_equal(levels, position), g);
     if constexpr (kSte == Ste::kFull) {
       // Outside the range the clamped position is a whole number, so this term vanishes there by itself.
       const Vec clamped = clamp_code(position, levels);

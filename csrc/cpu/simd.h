@@ -47,9 +47,10 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v,
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline Mask less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
 inline Mask both(Mask a, Mask b) { return a & b; }
-inline Mask either(Mask a, Mask b) { return a | b; }
+inline Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
 inline Vec keep(Mask m, Vec a) { return {_mm512_maskz_mov_ps(m, a.v)}; }  // a where m, else 0
 inline Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+inline Vec add_where(Vec a, Mask m, Vec b) { return {_mm512_mask_add_ps(a.v, m, a.v, b.v)}; }  // a + b where m, else a
 // Not the sum with a magic number: one instruction, and right for every float.
 inline Vec round_to_even(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }
@@ -65,11 +66,14 @@ inline Vec load(const BFloat16* p, int n) { return from_bfloat16(_mm256_maskz_lo
 inline __m256i to_half(Vec a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // Not vcvtneps2bf16: that instruction flushes subnormals.
 inline __m256i to_bfloat16(Vec a) {
-  const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i bits = _mm512_castps_si512(a.v), half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i rounded = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+  const __m512i high = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13,
+                                        11, 9, 7, 5, 3, 1);
+  return _mm512_castsi512_si256(
+      _mm512_permutexvar_epi16(high, _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000))));
 }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(Half* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(a)); }
@@ -93,7 +97,17 @@ inline Word first_bytes(int n) { return n == kBytes ? ~Word{0} : (Word{1} << n) 
 inline Bytes load_bytes(const uint8_t* p, int n) { return {_mm512_maskz_loadu_epi8(first_bytes(n), p)}; }
 inline void store_bytes(uint8_t* p, Bytes a, int n) { _mm512_mask_storeu_epi8(p, first_bytes(n), a.v); }
 inline Bytes zero_bytes() { return {_mm512_setzero_si512()}; }
-inline Word bits_at(Bytes a, int bit) { return _mm512_test_epi8_mask(a.v, _mm512_set1_epi8(static_cast<char>(1 << bit))); }
+// words[b]: bit b of every byte.
+inline void split_bits(Bytes a, int, Word* words) {
+  // An affine map over GF(2) of the unit matrix by eight bytes transposes their bits, the last byte first.
+  const __m512i reversed = _mm512_shuffle_epi8(a.v, _mm512_set4_epi32(0x08090a0b, 0x0c0d0e0f, 0x00010203, 0x04050607));
+  const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
+  const __m512i eights = _mm512_gf2p8affine_epi64_epi8(unit, reversed, 0);
+  // Byte b of every eight goes to word b.
+  const __m512i gather = _mm512_set_epi64(0x3f372f271f170f07, 0x3e362e261e160e06, 0x3d352d251d150d05, 0x3c342c241c140c04,
+                                          0x3b332b231b130b03, 0x3a322a221a120a02, 0x3931292119110901, 0x3830282018100800);
+  _mm512_storeu_si512(words, _mm512_permutexvar_epi8(gather, eights));
+}
 inline Bytes add_where(Bytes a, Word where, int weight) {
   return {_mm512_mask_add_epi8(a.v, where, a.v, _mm512_set1_epi8(static_cast<char>(weight)))};
 }
@@ -121,6 +135,7 @@ inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
 inline Vec keep(Mask m, Vec a) { return {_mm256_and_ps(m, a.v)}; }
 inline Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+inline Vec add_where(Vec a, Mask m, Vec b) { return a + keep(m, b); }
 inline Vec round_to_even(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask first_lanes(int n) {
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
@@ -161,8 +176,9 @@ using Word = uint32_t;
 inline Bytes load_bytes(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline void store_bytes(uint8_t* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 inline Bytes zero_bytes() { return {_mm256_setzero_si256()}; }
-inline Word bits_at(Bytes a, int bit) {
-  return static_cast<Word>(_mm256_movemask_epi8(_mm256_sll_epi16(a.v, _mm_cvtsi32_si128(7 - bit))));
+inline void split_bits(Bytes a, int bits, Word* words) {
+  for (int b = 0; b < bits; ++b)
+    words[b] = static_cast<Word>(_mm256_movemask_epi8(_mm256_sll_epi16(a.v, _mm_cvtsi32_si128(7 - b))));
 }
 inline Bytes add_where(Bytes a, Word where, int weight) {
   // Byte i of the register takes byte i / 8 of the word, and keeps its bit i % 8.
@@ -210,6 +226,7 @@ inline Mask both(Mask a, Mask b) { return map_mask([&](int i) { return (a.v[i] &
 inline Mask either(Mask a, Mask b) { return map_mask([&](int i) { return (a.v[i] | b.v[i]) != 0; }); }
 inline Vec keep(Mask m, Vec a) { return map([&](int i) { return m.v[i] ? a.v[i] : 0.0f; }); }
 inline Vec select(Mask m, Vec a, Vec b) { return map([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; }); }
+inline Vec add_where(Vec a, Mask m, Vec b) { return a + keep(m, b); }
 inline Vec round_to_even(Vec a) { return map([&](int i) { return qk::round_to_even(a.v[i]); }); }
 inline Mask first_lanes(int n) { return map_mask([&](int i) { return i < n; }); }
 
@@ -279,10 +296,11 @@ inline Bytes load_bytes(const uint8_t* p) {
 }
 inline void store_bytes(uint8_t* p, Bytes a) { std::memcpy(p, a.v, kBytes); }
 inline Bytes zero_bytes() { return {}; }
-inline Word bits_at(Bytes a, int bit) {
-  Word word = 0;
-  for (int i = 0; i < kBytes; ++i) word |= static_cast<Word>(a.v[i] >> bit & 1) << i;
-  return word;
+inline void split_bits(Bytes a, int bits, Word* words) {
+  for (int b = 0; b < bits; ++b) {
+    words[b] = 0;
+    for (int i = 0; i < kBytes; ++i) words[b] |= static_cast<Word>(a.v[i] >> b & 1) << i;
+  }
 }
 inline Bytes add_where(Bytes a, Word where, int weight) {
   for (int i = 0; i < kBytes; ++i) a.v[i] = static_cast<uint8_t>(a.v[i] + (where >> i & 1) * weight);

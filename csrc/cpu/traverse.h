@@ -2,7 +2,7 @@
 // How an element-wise kernel walks a tensor seen as [outer, channels, inner], in parallel, without knowing what it computes.
 //
 // Runs: inner is long, so a channel's parameters are broadcast once and used for a whole run.
-// Columns: channels are innermost (channels_last) or runs are short, so parameters change from lane to lane: they are
+// Columns: channels are innermost (channels_last) or runs are short and come again many times, so parameters change from lane to lane: they are
 // expanded once to one table entry a column, and several rows share each load of them.
 //
 // An Op loads, computes and stores one vector of elements:
@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -22,7 +23,9 @@
 
 namespace qk::cpu::QK_CPU_ISA {
 
-inline constexpr int64_t kMinRun = 32;       // shorter runs go by columns
+inline constexpr int64_t kMinRun = 32;       // shorter runs go by columns,
+inline constexpr int64_t kMinRows = 8;       // unless too few rows share the tables: then a run of
+inline constexpr int64_t kShortRun = 4;      // this length is better off with a partial vector
 inline constexpr int64_t kPiece = 1 << 14;   // elements a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kRowBlock = 8;      // rows that share one load of the column tables
 inline constexpr int64_t kMaxBlocks = 64;    // column blocks of a reduction, each with partial sums of its own
@@ -38,7 +41,7 @@ struct Walk {
 
 inline Walk walk_of(const Layout& layout) {
   Walk walk{};
-  walk.by_columns = layout.channels > 1 && layout.inner < kMinRun;
+  walk.by_columns = layout.channels > 1 && layout.inner < kMinRun && (layout.inner < kShortRun || layout.outer >= kMinRows);
   if (!walk.by_columns) {
     walk.rows = layout.outer * layout.channels;
     walk.piece = std::min(kPiece, std::max<int64_t>(layout.inner, 1));
@@ -86,6 +89,12 @@ class ChannelTable {
   std::vector<float> values_;
 };
 
+// f(0), ..., f(kCount - 1), unrolled: an accumulator array indexed by a loop variable would live in memory.
+template <int kCount, class F>
+inline void unrolled(const F& f) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) { (f(kIndex), ...); }(std::make_integer_sequence<int, kCount>{});
+}
+
 enum class Combine { kSum, kMin, kMax };
 
 template <class Op>
@@ -97,16 +106,18 @@ constexpr Combine combine_of(int s) {
 template <class Op>
 inline void reset_sums(Vec* sums) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  for (int s = 0; s < Op::kSums; ++s)
+  unrolled<Op::kSums>([&](int s) {
     sums[s] = splat(combine_of<Op>(s) == Combine::kSum ? 0.0f : combine_of<Op>(s) == Combine::kMin ? kInfinity : -kInfinity);
+  });
 }
 
 template <class Op>
 inline void merge_sums(Vec* into, const Vec* from) {
-  for (int s = 0; s < Op::kSums; ++s)
+  unrolled<Op::kSums>([&](int s) {
     into[s] = combine_of<Op>(s) == Combine::kSum   ? into[s] + from[s]
               : combine_of<Op>(s) == Combine::kMin ? min(into[s], from[s])
                                                    : max(into[s], from[s]);
+  });
 }
 
 template <class Op>
@@ -122,9 +133,9 @@ inline double merge(Combine how, double a, double b) {
 template <class Op, class Params>
 inline void apply_first(const Op& op, int64_t i, int n, const Params& params, Vec* sums) {
   Vec before[Op::kSums + 1];
-  std::copy(sums, sums + Op::kSums, before);
+  unrolled<Op::kSums>([&](int s) { before[s] = sums[s]; });
   op(i, First{n}, params, sums);
-  for (int s = 0; s < Op::kSums; ++s) sums[s] = select(first_lanes(n), sums[s], before[s]);
+  unrolled<Op::kSums>([&](int s) { sums[s] = select(first_lanes(n), sums[s], before[s]); });
 }
 
 // Vectors in flight: enough to hide latencies, as far as the accumulators leave registers.
@@ -144,7 +155,7 @@ inline void run_piece(const Op& op, const Params& params, int64_t i, int64_t end
   for (; i + kLanes <= end; i += kLanes) op(i, Whole{}, params, sums[0]);
   if (i < end) apply_first(op, i, static_cast<int>(end - i), params, sums[0]);
   for (int u = 1; u < kUnroll; ++u) merge_sums<Op>(sums[0], sums[u]);
-  for (int s = 0; s < Op::kSums; ++s) partial[s] = across_lanes<Op>(s, sums[0][s]);
+  unrolled<Op::kSums>([&](int s) { partial[s] = across_lanes<Op>(s, sums[0][s]); });
 }
 
 // totals: [kSums][channels]
@@ -179,7 +190,7 @@ inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable
       if (row == first_row) {
         reset_sums<Op>(sums);
       } else {
-        for (int s = 0; s < Op::kSums; ++s) sums[s] = load(partial + s * stride + column);
+        unrolled<Op::kSums>([&](int s) { sums[s] = load(partial + s * stride + column); });
       }
       const int64_t width = std::min<int64_t>(kLanes, walk.period - column);
       for (int64_t r = row; r < std::min(row + kRowBlock, last_row); ++r) {
@@ -190,7 +201,7 @@ inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable
           apply_first(op, i, static_cast<int>(n), params, sums);
         }
       }
-      for (int s = 0; s < Op::kSums; ++s) store(partial + s * stride + column, sums[s]);
+      unrolled<Op::kSums>([&](int s) { store(partial + s * stride + column, sums[s]); });
     }
   }
 }
