@@ -324,6 +324,8 @@ def rebuild(
         else:
             assert isinstance(target, nn.Linear)
             layer = PackedLinear(target.in_features, values["planes"], weight, activation, epilogue)
+        if list(layer.weight_shape) != record["shape"]:
+            raise ValueError(f"planes of {list(layer.weight_shape)} weights, the record says {record['shape']}")
         check_padding_bits(layer)
     except (KeyError, ValueError) as error:
         raise CorruptCheckpointError(

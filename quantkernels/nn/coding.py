@@ -110,8 +110,9 @@ def conv_on_floats(x: Tensor, weight: Tensor, geometry: Geometry, epilogue: Epil
         mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
         x, padding = functional.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
     bias = None if epilogue.bias is None else epilogue.bias.to(weight.dtype)
-    # One memory format on both sides: another could choose another algorithm, and with it other roundings.
-    weight = weight.contiguous()
+    # The same strides on both sides, those of 1 x 1 kernels too: others could choose another algorithm, and with it
+    # other roundings.
+    weight = weight.contiguous().view(-1).view(weight.shape)
     y = functional.conv2d(x, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
     return affine(y, epilogue, -3)
 
