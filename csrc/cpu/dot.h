@@ -2,6 +2,8 @@
 // The integer dot products that every low-bit product is made of: a tile of R rows of activation codes by V vectors of output
 // channels, kept in registers, exact in int32 for up to kMaxDepth terms.
 //
+// Every loop over the tile is unrolled by hand-written pragmas: one that is not would keep the sums in memory.
+//
 // Weights lie in panels [step][V * kLanes channels][kDepth]: at each step a lane multiplies kDepth codes of its channel with
 // the kDepth activation codes that are broadcast to all lanes.
 
@@ -27,8 +29,10 @@ inline constexpr int kTileVectors = 4;
 template <int R, int V>
 void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps, int32_t* dots) {
   __m512i sums[R][V];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[r][v] = _mm512_setzero_si512();
   for (int64_t step = 0; step < steps; ++step) {
     __m512i weights[V];
 #pragma GCC unroll 4
@@ -42,7 +46,9 @@ void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps,
       for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], activation, weights[v]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) _mm512_storeu_si512(dots + (r * V + v) * kLanes, sums[r][v]);
 }
 
@@ -59,8 +65,10 @@ inline constexpr int kTileVectors = 2;
 template <int R, int V>
 void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps, int32_t* dots) {
   __m256i sums[R][V];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sums[r][v] = _mm256_setzero_si256();
   for (int64_t step = 0; step < steps; ++step) {
     __m256i weights[V];
 #pragma GCC unroll 2
@@ -75,7 +83,9 @@ void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps,
       for (int v = 0; v < V; ++v) sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(activation, weights[v]));
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
     for (int v = 0; v < V; ++v)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + (r * V + v) * kLanes), sums[r][v]);
 }
@@ -122,26 +132,28 @@ inline DotTile dot_tile_of(int rows, int vectors) {
   return rows == 2 ? dot_tile_of_rows<2>(vectors) : dot_tile_of_rows<1>(vectors);
 }
 
-// SA of one row.
-inline int64_t sum_codes(const Activation* codes, int64_t n) {
-#if defined(__AVX512F__)
-  __m512i sums = _mm512_setzero_si512();
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64) sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_loadu_si512(codes + i), _mm512_setzero_si512()));
-  if (i < n) {
-    const __m512i rest = _mm512_maskz_loadu_epi8(~0ull >> (64 - (n - i)), codes + i);
-    sums = _mm512_add_epi64(sums, _mm512_sad_epu8(rest, _mm512_setzero_si512()));
-  }
-  return _mm512_reduce_add_epi64(sums);
-#else
+// Sum of n codes, stored as bytes or widened.
+template <class T>
+int64_t sum_codes(const T* p, int64_t n) {
   int64_t total = 0;
-  for (int64_t i = 0; i < n; i += kMaxDepth) {
+#if defined(__AVX512F__)
+  static_assert(sizeof(T) == 1);
+  const __m512i zero = _mm512_setzero_si512();
+  __m512i sums = zero;
+  for (; n >= 64; n -= 64, p += 64) sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_loadu_si512(p), zero));
+  if (n > 0) sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(~0ull >> (64 - n), p), zero));
+  total = _mm512_reduce_add_epi64(sums);
+#else
+  while (n > 0) {
+    const int64_t run = n < kMaxDepth ? n : kMaxDepth;
     int32_t sum = 0;
-    for (int64_t k = i; k < (n < i + kMaxDepth ? n : i + kMaxDepth); ++k) sum += codes[k];
+    for (int64_t i = 0; i < run; ++i) sum += p[i];
     total += sum;
+    n -= run;
+    p += run;
   }
-  return total;
 #endif
+  return total;
 }
 
 inline void copy_codes(Activation* to, const uint8_t* from, int64_t n) {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <numeric>
 
 #include "core/algebra.h"
 #include "cpu/parallel.h"
@@ -33,9 +32,10 @@ struct Encoder {
 
   template <class T>
   void run(const T* x, int64_t n, uint8_t* codes) const {
+    const Encoder code_of = *this;  // a copy that the stores of bytes cannot alias
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store_codes(codes + i, (*this)(load(x + i)));
-    if (i < n) store_codes(codes + i, (*this)(load(x + i, static_cast<int>(n - i))), static_cast<int>(n - i));
+    for (; i + kLanes <= n; i += kLanes) store_codes(codes + i, code_of(load(x + i)));
+    if (i < n) store_codes(codes + i, code_of(load(x + i, static_cast<int>(n - i))), static_cast<int>(n - i));
   }
 
   Kind kind;
@@ -103,30 +103,37 @@ constexpr std::array<uint64_t, 256> kSpread = [] {
 
 // The codes of one weight row, words * 32 of them.
 void unpack_row(const LowbitArgs& args, int64_t row, uint8_t* codes) {
-  const int64_t plane = args.geometry.out_channels * args.words;
+  const int64_t plane = args.geometry.out_channels * args.words, count = args.words;
   const int32_t* const words = args.planes + row * args.words;
+  const int planes = args.w_bits;
+  int weights[kMaxBits];
+  for (int p = 0; p < planes; ++p) weights[p] = plane_weight(args.w_kind, planes, p);
   int64_t word = 0;
 #if defined(__AVX512F__)
-  for (; word + 2 <= args.words; word += 2) {
+  for (; word + 2 <= count; word += 2) {
     __m512i sum = _mm512_setzero_si512();
-    for (int p = 0; p < args.w_bits; ++p) {
+    for (int p = 0; p < planes; ++p) {
       uint64_t bits;
       std::memcpy(&bits, words + p * plane + word, sizeof bits);
-      const __m512i weight = _mm512_set1_epi8(static_cast<char>(plane_weight(args.w_kind, args.w_bits, p)));
-      sum = _mm512_mask_add_epi8(sum, bits, sum, weight);
+      sum = _mm512_mask_add_epi8(sum, bits, sum, _mm512_set1_epi8(static_cast<char>(weights[p])));
     }
     _mm512_storeu_si512(codes + word * 32, sum);
   }
 #endif
-  for (; word < args.words; ++word)
+  for (; word < count; ++word)
     for (int byte = 0; byte < 4; ++byte) {
       uint64_t sum = 0;
-      for (int p = 0; p < args.w_bits; ++p) {
+      for (int p = 0; p < planes; ++p) {
         const uint32_t bits = static_cast<uint32_t>(words[p * plane + word]);
-        sum += kSpread[bits >> (8 * byte) & 255] * plane_weight(args.w_kind, args.w_bits, p);
+        sum += kSpread[bits >> (8 * byte) & 255] * weights[p];
       }
       for (int i = 0; i < 8; ++i) codes[word * 32 + byte * 8 + i] = static_cast<uint8_t>(sum >> (8 * i));
     }
+}
+
+// Arguments by value: stores of bytes may alias anything that is read through a reference.
+void recenter(const uint8_t* codes, int64_t n, int32_t zero, Weight* weights) {
+  for (int64_t k = 0; k < n; ++k) weights[k] = static_cast<Weight>(codes[k] - zero);
 }
 
 // rows [kLanes][stride] to panel steps [steps][kLanes][kDepth], the steps `to_stride` weights apart.
@@ -246,10 +253,10 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
         const int64_t slot = vector * kLanes + lane;
         for (int64_t tap = 0; tap < taps; ++tap) {
           const uint8_t* const run = codes.data() + tap * in_channels;
-          weights.tap_sums[tap * slots + slot] = std::accumulate(run, run + in_channels, int64_t{0});
+          weights.tap_sums[tap * slots + slot] = sum_codes(run, in_channels);
           if (depthwise) weights.taps[tap * slots + slot] = *run;
         }
-        for (int64_t k = 0; k < plan.depth; ++k) rows[lane * columns + k] = static_cast<Weight>(codes[k] - weights.zero);
+        recenter(codes.data(), plan.depth, weights.zero, rows.data() + lane * columns);
       }
       if (depthwise) continue;
       const int64_t panel = vector % plan.group_vectors / kTileVectors, position = vector % plan.group_vectors % kTileVectors;
