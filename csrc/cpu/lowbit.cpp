@@ -4,6 +4,7 @@
 #include <array>
 
 #include "core/algebra.h"
+#include "cpu/grid.h"
 #include "cpu/parallel.h"
 #include "cpu/transpose.h"
 
@@ -13,33 +14,30 @@ namespace {
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// One grid for the whole tensor, as vectors.
-struct Encoder {
+// Runs of values to codes, one grid for the whole tensor.
+class Encoder {
+ public:
   Encoder(Kind kind, int64_t levels, const float* grid)
-      : kind(kind),
-        levels(splat(static_cast<float>(levels))),
-        offset(splat(grid[0])),
-        inverse(splat(inverse_step(grid[1]))),
-        low(splat(-grid[2])),
-        high(splat(grid[2])) {}
-
-  Vec operator()(Vec x) const {
-    const Vec one = splat(1.0f);
-    if (kind == Kind::kUniform) return round_to_even(clamp_code((x - offset) * inverse, levels));
-    if (kind == Kind::kBinary) return keep(less_equal(splat(0.0f), x), one);
-    return keep(less(low, x), one) + keep(less(high, x), one);
-  }
+      : kind_(kind),
+        levels_(splat(static_cast<float>(levels))),
+        grid_{splat(grid[0]), splat(grid[1]), splat(inverse_step(grid[1])), splat(grid[2])} {}
 
   template <class T>
   void run(const T* x, int64_t n, uint8_t* codes) const {
-    const Encoder code_of = *this;  // a copy that the stores of bytes cannot alias
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store_codes(codes + i, code_of(load(x + i)));
-    if (i < n) store_codes(codes + i, code_of(load(x + i, static_cast<int>(n - i))), static_cast<int>(n - i));
+    with_kind(kind_, [&]<Kind kKind>() {
+      const GridVec grid = grid_;  // copies that the stores of bytes cannot alias
+      const Vec levels = levels_;
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) store_codes(codes + i, code_of<kKind>(load(x + i), grid, levels));
+      const int rest = static_cast<int>(n - i);
+      if (rest > 0) store_codes(codes + i, code_of<kKind>(load(x + i, rest), grid, levels), rest);
+    });
   }
 
-  Kind kind;
-  Vec levels, offset, inverse, low, high;
+ private:
+  Kind kind_;
+  Vec levels_;
+  GridVec grid_;
 };
 
 bool is_channels_last(const ConvGeometry& g, const int64_t* stride) {

@@ -3,11 +3,13 @@
 from .backends import BACKENDS, Backend
 from .compare import assert_bit_equal, assert_sums_close, sum_tolerance
 from .inputs import AttentionProblem, Problem, attention_problems, lay_out, pairwise, problems
+from .lowbit import LowbitProblem
 
 __all__ = [
     "BACKENDS",
     "AttentionProblem",
     "Backend",
+    "LowbitProblem",
     "Problem",
     "assert_bit_equal",
     "assert_sums_close",
