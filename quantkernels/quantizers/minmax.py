@@ -23,7 +23,7 @@ class MinMax(Quantizer):
         super().__init__(bits, Kind.UNIFORM, uniform_levels("MinMax", bits), Ste.IDENTITY, axis)
 
     def batch_grid(self, x: Tensor, stats: Tensor | None) -> Tensor:
-        """(lo, (hi - lo)/levels, 0) of each channel."""
+        """(lo, (hi - lo)/levels) of each channel."""
         assert stats is not None
         return minmax_grids(stats, self.levels)
 
@@ -39,12 +39,10 @@ class MinMax(Quantizer):
 def minmax_grids(stats: Tensor, levels: int | Tensor) -> Tensor:
     """Grids [C, 3] for one `levels`, or [K, C, 3] for K of them (a float32 tensor [K, 1]), from stats [C,
     4]."""
-    low, high = stats[:, 0], stats[:, 1]
-    step = (high - low) / levels
-    grid = stats.new_zeros(*step.shape, 3)
-    grid[..., 0] = low
-    grid[..., 1] = step
-    return grid
+    low = stats[:, 0]
+    step = (stats[:, 1] - low) / levels
+    # A uniform quantizer has no threshold; repeating the step there saves an op.
+    return torch.stack((low.expand_as(step), step, step), -1)
 
 
 def level_tensor(levels: list[int]) -> Tensor:

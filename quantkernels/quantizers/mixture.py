@@ -70,7 +70,7 @@ class Mixture(Quantizer):
         self._levels = [q.levels for q in members]
         self._stes = [q.ste for q in members]
         # The commonest mixture gets all its grids from the statistics in one go.
-        self._all_minmax = all(type(q) is MinMax for q in members)
+        self._all_minmax = all(type(q) is MinMax and not q.tracking for q in members)
         self.register_buffer("level_counts", level_tensor([max(n, 1) for n in self._levels]), persistent=False)
 
     @property
@@ -112,6 +112,7 @@ class Mixture(Quantizer):
         """Keep running averages in each statistics-based member."""
         for q in self.members:
             q.track(momentum)
+        self.momentum = momentum
         return self
 
     def weights(self) -> Tensor:
@@ -120,13 +121,14 @@ class Mixture(Quantizer):
 
     def grids(self, x: Tensor) -> Tensor:
         """float32 [K, C, 3]: the grids of all members for this x."""
+        if self._all_minmax and not self.tracking:
+            with torch.no_grad():
+                return minmax_grids(ops.channel_stats(x, self.axis), self.level_counts)
         members = self.members
         stats = None
         if any(q.needs_statistics and q.reads_batch(x) for q in members):
             with torch.no_grad():
                 stats = ops.channel_stats(x, self.axis)
-        if self._all_minmax and stats is not None and not members[0].tracking:
-            return minmax_grids(stats, self.level_counts)
         grids = [q.grid(x, stats) for q in members]
         channels = max(grid.shape[0] for grid in grids)
         return torch.stack([grid.expand(channels, 3) for grid in grids])
