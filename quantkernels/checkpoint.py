@@ -154,7 +154,7 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         state.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
-        state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

@@ -81,7 +81,7 @@ def foldable(conv: nn.Module, norm: nn.Module) -> bool:
         and conv.weight_quantizer is not None
         and type(norm) in BATCH_NORMS
         and norm.running_mean is not None
-        and norm.num_features == conv.out_channels
+        and bool(norm.num_features == conv.out_channels)
         and not _hooked(conv)
         and not _hooked(norm)
     )

@@ -13,7 +13,7 @@ from .layer import QuantizedLayer
 from .packed import PackedLayer
 
 
-class QConv2d(QuantizedLayer, nn.Conv2d):
+class QConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d with a quantizer for its weight and one for its input.
 
     Takes what nn.Conv2d takes (x [N, in_channels, H, W] or [in_channels, H, W]), and by keyword
@@ -33,7 +33,7 @@ class QConv2d(QuantizedLayer, nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
@@ -52,9 +52,10 @@ class QConv2d(QuantizedLayer, nn.Conv2d):
         cls, layer: nn.Conv2d, weight: Quantizer | None, activation: Quantizer | None, exact: bool = False
     ) -> QConv2d:
         """The same layer with quantizers; weight and bias are the same Parameters, not copies."""
+        size: dict[str, Any] = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
         made = cls(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-            layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, "meta",
+            layer.in_channels, layer.out_channels, **size, groups=layer.groups, bias=layer.bias is not None,
+            padding_mode=layer.padding_mode, device="meta",
         )  # fmt: skip
         made.weight, made.bias = layer.weight, layer.bias
         made.attach(weight, activation, exact)
@@ -63,10 +64,10 @@ class QConv2d(QuantizedLayer, nn.Conv2d):
     @property
     def geometry(self) -> Geometry:
         """The layer's shape with its padding spelled out."""
-        height, width = self.kernel_size
+        (height, width), (down, right), (tall, wide) = self.kernel_size, self.stride, self.dilation
+        padding = pad_sides(self.padding, self.kernel_size, self.dilation)
         return Geometry(
-            self.in_channels, self.out_channels, (height, width), tuple(self.stride),
-            pad_sides(self.padding, self.kernel_size, self.dilation), tuple(self.dilation), self.groups,
+            self.in_channels, self.out_channels, (height, width), (down, right), padding, (tall, wide), self.groups,
             self.padding_mode,
         )  # fmt: skip
 

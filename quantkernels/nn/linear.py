@@ -14,7 +14,7 @@ from .layer import QuantizedLayer
 from .packed import PackedLayer
 
 
-class QLinear(QuantizedLayer, nn.Linear):
+class QLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """nn.Linear with a quantizer for its weight and one for its input; x [..., in_features].
 
     Keyword arguments weight, activation and exact are those of QConv2d.

@@ -21,6 +21,7 @@ class BinaryRelax(Mixture):
     """
 
     omega: Tensor
+    others: Tensor
 
     def __init__(self, quantizers: Iterable[Quantizer], growth: float = 1.02) -> None:
         members = list(quantizers)

@@ -47,6 +47,7 @@ class Mixture(Quantizer):
     """
 
     selected: Tensor
+    level_counts: Tensor
 
     def __init__(self, quantizers: Iterable[Quantizer]) -> None:
         name = type(self).__name__
