@@ -158,6 +158,26 @@ def test_state_of_the_algorithm_is_resumed(tiny, tmp_path, monkeypatch, same_wei
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+MIXTURE = [{"kind": "MinMax", "bits": bits} for bits in (2, 4, 8)]
+QUANTIZED = {
+    "PACT": {"name": "vanilla", "weight": MIXTURE[0], "activation": {"kind": "PACT", "bits": 4}},
+    "MinMax": {"name": "vanilla", "weight": MIXTURE[0], "activation": MIXTURE[1]},
+    "DQA": {"name": "dqa", "weight": MIXTURE, "activation": MIXTURE, "penalty": 5.0},
+    "Binary-Relax": {"name": "binary_relax", "weight": MIXTURE},
+}
+
+
+@pytest.mark.parametrize("algorithm", QUANTIZED.values(), ids=QUANTIZED)
+def test_quantized_training_is_resumed(tiny, tmp_path, monkeypatch, same_weights, algorithm):
+    """PACT's alpha, ranges of activations, attention, temperature, omega: all are in the checkpoint."""
+    config = tiny(algorithm=algorithm, run={"epochs": 2})
+    engine.run(config, tmp_path / "whole")
+    assert run_until(monkeypatch, config, tmp_path / "parts", (engine.Trainer, "_train_step"), 14)
+    engine.run(config, tmp_path / "parts", resume=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert metrics_without_times(tmp_path / "parts") == metrics_without_times(tmp_path / "whole")
+
+
 def test_finished_run_is_left_alone(tiny, uninterrupted):
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
     result = engine.run(tiny(), uninterrupted, resume=True)
@@ -203,7 +223,7 @@ def test_resume_where_files_were_changed(tiny, tmp_path, monkeypatch):
         engine.run(tiny(), folder, resume=True)
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the run does not come so far"

@@ -80,24 +80,3 @@ def test_learns_digits(tiny, tmp_path, activation):
         assert torch.equal(packed, trained)
     else:  # float activations: sums of floats, in the order that torch chooses for each memory layout
         torch.testing.assert_close(packed, trained, rtol=1e-4, atol=1e-4)
-
-
-def test_resume_restores_alphas_and_statistics(tiny, tmp_path, monkeypatch, same_weights):
-    """PACT's alpha is a parameter, MinMax's range of an activation a buffer: both are in the checkpoint."""
-    for kind in ("PACT", "MinMax"):
-        algorithm = TWO_BITS | {"activation": {"kind": kind, "bits": 4}}
-        config = tiny(algorithm=algorithm, run={"epochs": 2})
-        engine.run(config, tmp_path / f"{kind}-whole")
-        original = engine.Trainer._train_step
-
-        def until_step_14(self, *args, original=original):
-            if self.step == 14:
-                raise KeyboardInterrupt
-            original(self, *args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(engine.Trainer, "_train_step", until_step_14)
-            with pytest.raises(KeyboardInterrupt):
-                engine.run(config, tmp_path / kind)
-        engine.run(config, tmp_path / kind, resume=True)
-        assert same_weights(tmp_path / kind, tmp_path / f"{kind}-whole")
