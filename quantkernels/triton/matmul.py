@@ -40,7 +40,7 @@ def weight_tile(planes, plane_stride, word, bit, inside, KIND: tl.constexpr, BIT
 
 @triton.jit
 def lowbit_linear_kernel(
-    x,  # [rows, depth]: floats, or uint8 codes
+    x,  # [rows, DEPTH]: floats, or uint8 codes
     x_grid,  # [1, 3]
     planes,  # [W_BITS, columns, words]
     w_grid,  # [1 or columns, 3]
@@ -51,10 +51,10 @@ def lowbit_linear_kernel(
     out,  # [rows, columns]: floats, or uint8 codes of out_grid
     rows,
     columns,
-    depth,
     words,
     lower,
     upper,
+    DEPTH: tl.constexpr,  # a constant: the interpreter of Triton 3.6 takes no other bound of a loop
     X_KIND: tl.constexpr,
     X_LEVELS: tl.constexpr,
     X_CODES: tl.constexpr,
@@ -70,7 +70,7 @@ def lowbit_linear_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """out = epilogue(D, SA, SW, V) with D = sum ca*cw, SA = sum ca, SW = sum cw, V = depth.
+    """out = epilogue(D, SA, SW, V) with D = sum ca*cw, SA = sum ca, SW = sum cw, V = DEPTH.
 
     Tensor cores multiply signed bytes, codes go to 255: codes of 8 bits are multiplied less 128, and
     sum (ca - s)(cw - t) = D - t*SA - s*SW + s*t*V gives D back, exactly.
@@ -81,12 +81,12 @@ def lowbit_linear_kernel(
     dot = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int64 if WIDE else tl.int32)
     row_sum = tl.zeros([BLOCK_ROWS, 1], tl.int64)
     column_sum = tl.zeros([1, BLOCK_COLUMNS], tl.int64)
-    for start in range(0, depth, BLOCK_DEPTH):
+    for start in range(0, DEPTH, BLOCK_DEPTH):
         across = start + tl.arange(0, BLOCK_DEPTH)[None, :]
         down = start + tl.arange(0, BLOCK_DEPTH)[:, None]
-        row_inside = (row < rows) & (across < depth)
-        column_inside = (down < depth) & (column < columns)
-        codes = activation_tile(x + row * depth + across, row_inside, x_grid, X_KIND, X_LEVELS, X_CODES)
+        row_inside = (row < rows) & (across < DEPTH)
+        column_inside = (down < DEPTH) & (column < columns)
+        codes = activation_tile(x + row * DEPTH + across, row_inside, x_grid, X_KIND, X_LEVELS, X_CODES)
         weights = weight_tile(
             planes, columns * words, column * words + down // 32, down % 32, column_inside, W_KIND, W_BITS
         )
@@ -96,7 +96,7 @@ def lowbit_linear_kernel(
         b = tl.where(column_inside, weights - W_SHIFT, 0).to(tl.int8)
         part = tl.dot(a, b, out_dtype=tl.int32)
         dot += part.to(tl.int64) if WIDE else part
-    products = dot.to(tl.int64) + W_SHIFT * row_sum + X_SHIFT * column_sum - X_SHIFT * W_SHIFT * depth
+    products = dot.to(tl.int64) + W_SHIFT * row_sum + X_SHIFT * column_sum - X_SHIFT * W_SHIFT * DEPTH
 
     inside = (row < rows) & (column < columns)
     there = column < columns
@@ -104,7 +104,7 @@ def lowbit_linear_kernel(
     w_row = column if W_PER_CHANNEL else tl.zeros_like(column)
     w_offset, w_step, _, _ = load_grid(w_grid, w_row, columns)
     by_activation = w_step * products.to(tl.float32) + w_offset * row_sum.to(tl.float32)
-    by_offset = w_step * column_sum.to(tl.float32) + w_offset * tl.full(column.shape, depth, tl.float32)
+    by_offset = w_step * column_sum.to(tl.float32) + w_offset * tl.full(column.shape, DEPTH, tl.float32)
     y = x_step * by_activation + x_offset * by_offset
     if bias is not None:
         y = y + tl.load(bias + column, mask=there, other=0.0)
@@ -186,10 +186,10 @@ def lowbit_linear(
         out,
         rows,
         columns,
-        depth,
         words,
         lower,
         upper,
+        DEPTH=depth,
         X_KIND=x_kind,
         X_LEVELS=x_levels,
         X_CODES=codes,

@@ -69,12 +69,12 @@ def conditional_abs_mean_kernel(
 @triton.jit
 def range_errors_kernel(
     x,  # [outer, channels, inner]
-    candidates,  # [channels, count]: a, for levels uniform on [-a, a]
-    partial,  # [element_blocks, channels, count]: sum of (q - x)^2
-    count,
+    candidates,  # [channels, COUNT]: a, for levels uniform on [-a, a]
+    partial,  # [element_blocks, channels, COUNT]: sum of (q - x)^2
     channels,
     elements,
     inner,
+    COUNT: tl.constexpr,
     LEVELS: tl.constexpr,
     ONE_RUN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -83,9 +83,9 @@ def range_errors_kernel(
 ):
     block, channel, place, inside = tile_of(channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK)
     value = load_float(x + place, inside)
-    row = partial + (block.to(tl.int64) * channels + channel) * count
-    for j in range(count):
-        a = tl.load(candidates + channel * count + j, mask=channel < channels, other=1.0)
+    row = partial + (block.to(tl.int64) * channels + channel) * COUNT
+    for j in range(COUNT):
+        a = tl.load(candidates + channel * COUNT + j, mask=channel < channels, other=1.0)
         step = tl.div_rn(a + a, tl.full(a.shape, LEVELS, tl.float32))
         inverse = tl.div_rn(tl.full(a.shape, 1.0, tl.float32), step)
         inverse = tl.where((step > 0.0) & (inverse <= _LARGEST), inverse, 0.0)
@@ -140,7 +140,7 @@ def range_errors(x: Tensor, candidates: Tensor, levels: int, axis: int | None) -
         return torch.zeros_like(candidates)
     tiles = tiles_of(x, axis)
     partial = tiles.partial(x, count)
-    range_errors_kernel[tiles.launch](x, candidates, partial, count, LEVELS=levels, **tiles.arguments, **EXACT)
+    range_errors_kernel[tiles.launch](x, candidates, partial, COUNT=count, LEVELS=levels, **tiles.arguments, **EXACT)
     return partial.sum(0, dtype=torch.float64).float()
 
 

@@ -23,12 +23,12 @@ COLUMNS = {"ONE_RUN": False, "WIDE": True, "CHANNEL_BLOCK": 64, "ELEMENT_BLOCK":
 MIXTURE = {"COUNT": 4, "KINDS": (0, 1, 2, 3), "LEVELS": (3, 1, 2, 0)}
 LINEAR = {
     **{"scale": None, "shift": None, "out_grid": None, "OUT_KIND": 0, "OUT_LEVELS": 0, "WIDE": False},
-    **{"X_KIND": 0, "X_LEVELS": 255, "X_CODES": False, "X_SHIFT": 128},
+    **{"DEPTH": 576, "X_KIND": 0, "X_LEVELS": 255, "X_CODES": False, "X_SHIFT": 128},
     **{"W_KIND": 0, "W_BITS": 2, "W_PER_CHANNEL": True, "W_SHIFT": 0},
     **{"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 32, "BLOCK_DEPTH": 64},
 }
 # What is known of an argument to be a multiple of 16; pointers always are.
-ALIGNED = ("elements", "inner", "depth")
+ALIGNED = ("elements", "inner")
 
 
 def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
@@ -52,7 +52,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             sums = {"x": x, "partial": FLOATS, "threshold": FLOATS, "candidates": FLOATS}
             yield "stats" + ending, stats.channel_stats_kernel, sums, walk
             yield "mean" + ending, stats.conditional_abs_mean_kernel, sums, walk
-            yield "errors" + ending, stats.range_errors_kernel, sums, {"LEVELS": 15, **walk}
+            yield "errors" + ending, stats.range_errors_kernel, sums, {"COUNT": 9, "LEVELS": 15, **walk}
         linear = {"x": x, "out": x, "x_grid": FLOATS, "w_grid": FLOATS, "planes": "*i32", "bias": FLOATS}
         bounds = {"lower": "fp32", "upper": "fp32"}
         yield f"linear-{type_name}", matmul.lowbit_linear_kernel, {**linear, **bounds}, LINEAR
