@@ -209,7 +209,8 @@ def test_a_planted_violation_is_found(tmp_path, name):
 def test_what_is_allowed_is_not_found(tmp_path):
     allowed = {
         "quantkernels/nn/good.py": "from ..ops import fake_quantize\nfrom ..quantizers import MinMax\nimport torch\n",
-        "training/good.py": "import quantkernels as qk\nfrom quantkernels.nn import QConv2d\nqk.ops.fake_quantize\nqk.build_info()._x\n",
+        "training/good.py": "import quantkernels as qk\nfrom quantkernels.nn import QConv2d\nqk.ops.fake_quantize\n",
+        "training/better.py": "import quantkernels\nquantkernels.build_info().items()\n",
         "csrc/ops/good.h": '#include <torch/csrc/stable/ops.h>\n#include "core/args.h"\n',
         "csrc/cuda/ptx/copy.cuh": '__device__ void f() { asm volatile("cp.async.wait_all;"); }\n',
         "csrc/cpu/good.cpp": '#include "core/args.h"\n// asm("nothing")\n',
