@@ -3,6 +3,7 @@
 #include "cpu/conv.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/gemm.h"
 
@@ -73,15 +74,15 @@ struct PatchSource {
         std::fill(row, row + line, Activation{0});
         continue;
       }
-      const uint8_t* const from = codes +
-                                  ((at.n * g.in_height + iy + kh * g.dilation_height) * g.in_width + ix) * g.in_channels +
-                                  group * channels;
+      // Where this kernel row begins; with padding, perhaps outside the image.
+      const int64_t from =
+          ((at.n * g.in_height + iy + kh * g.dilation_height) * g.in_width + ix) * g.in_channels + group * channels;
       std::fill(row, row + valid.first * channels, Activation{0});
       if (contiguous_line) {
-        copy_codes(row + valid.first * channels, from + valid.first * channels, valid.count() * channels);
+        copy_codes(row + valid.first * channels, codes + (from + valid.first * channels), valid.count() * channels);
       } else {
         for (int64_t kw = valid.first; kw < valid.last; ++kw)
-          copy_codes(row + kw * channels, from + kw * g.dilation_width * g.in_channels, channels);
+          copy_codes(row + kw * channels, codes + (from + kw * g.dilation_width * g.in_channels), channels);
       }
       std::fill(row + valid.last * channels, row + line, Activation{0});
     }
@@ -106,11 +107,15 @@ class Depthwise {
     const int64_t chunks = (plan_.slots() + kPanelLanes - 1) / kPanelLanes;
     parallel_for(blocks * chunks, 1, [&](int64_t begin, int64_t end) {
       Buffer<float> staged(kPixels * kPanelLanes), turned(kPixels * kPanelLanes);
+      Taps taps;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t pixel = task / chunks * kPixels, count = std::min(kPixels, pixels - pixel);
         const int64_t channel = task % chunks * kPanelLanes;
         Position at(g_, pixel);
-        for (int64_t i = 0; i < count; ++i, at.next()) one_pixel(at, channel, staged.data() + i * kPanelLanes);
+        for (int64_t i = 0; i < count; ++i, at.next()) {
+          find_taps(at, taps);
+          one_pixel(at, taps, channel, staged.data() + i * kPanelLanes);
+        }
         output_.write(staged.data(), pixel, count, channel, std::min<int64_t>(kPanelLanes, g_.out_channels - channel),
                       turned.data());
       }
@@ -120,28 +125,39 @@ class Depthwise {
  private:
   static constexpr int64_t kPixels = 4 * kLanes;
 
-  void one_pixel(const Position& at, int64_t channel, float* y) const {
-    int32_t dots[kPanelLanes] = {}, sums[kPanelLanes] = {};
-    const int64_t lanes = std::min<int64_t>(kPanelLanes, g_.out_channels - channel);
+  // The valid taps of one class of windows; neighbours mostly share theirs.
+  struct Taps {
+    int64_t window_class = -1;
+    std::vector<Tap> list;
+  };
+
+  void find_taps(const Position& at, Taps& taps) const {
+    const int64_t window_class = window_.of(at.oy, at.ox);
+    if (taps.window_class == window_class) return;
+    taps.window_class = window_class;
+    taps.list.clear();
     const TapRange rows = window_.rows.ranges[window_.rows.of[at.oy]];
     const TapRange columns = window_.columns.ranges[window_.columns.of[at.ox]];
     for (int64_t kh = rows.first; kh < rows.last; ++kh)
-      for (int64_t kw = columns.first; kw < columns.last; ++kw) {
-        const int64_t iy = at.oy * g_.stride_height - g_.pad_top + kh * g_.dilation_height;
-        const int64_t ix = at.ox * g_.stride_width - g_.pad_left + kw * g_.dilation_width;
-        const uint8_t* const a = codes_ + ((at.n * g_.in_height + iy) * g_.in_width + ix) * g_.in_channels + channel;
-        const uint8_t* const w = weights_.taps.data() + (kh * g_.kernel_width + kw) * plan_.slots() + channel;
-        lanes == kPanelLanes ? add_tap(a, w, kPanelLanes, dots, sums) : add_tap(a, w, lanes, dots, sums);
-      }
-    epilogue_.finish<int32_t, 1>(dots, sums, 0, window_.of(at.oy, at.ox), channel,
-                                 std::min<int64_t>(kPanelLanes, plan_.slots() - channel), y);
+      for (int64_t kw = columns.first; kw < columns.last; ++kw)
+        taps.list.push_back({(kh * g_.dilation_height * g_.in_width + kw * g_.dilation_width) * g_.in_channels,
+                             (kh * g_.kernel_width + kw) * plan_.slots()});
   }
 
-  static void add_tap(const uint8_t* a, const uint8_t* w, int64_t lanes, int32_t* dots, int32_t* sums) {
-    for (int64_t c = 0; c < lanes; ++c) {
-      dots[c] += a[c] * w[c];
-      sums[c] += a[c];
+  void one_pixel(const Position& at, const Taps& taps, int64_t channel, float* y) const {
+    int32_t dots[kPanelLanes], sums[kPanelLanes];
+    const int64_t iy = at.oy * g_.stride_height - g_.pad_top, ix = at.ox * g_.stride_width - g_.pad_left;
+    const int64_t first = ((at.n * g_.in_height + iy) * g_.in_width + ix) * g_.in_channels + channel;
+    const int64_t lanes = std::min<int64_t>(kPanelLanes, plan_.slots() - channel);
+    const int64_t count = static_cast<int64_t>(taps.list.size());
+    const int32_t* const weights = weights_.taps.data() + channel;
+    if (lanes == kPanelLanes) {
+      dot_taps<kTileVectors>(codes_, first, weights, taps.list.data(), count, dots, sums);
+    } else {
+      for (int64_t c = 0; c < lanes; c += kLanes)
+        dot_taps<1>(codes_, first + c, weights + c, taps.list.data(), count, dots + c, sums + c);
     }
+    epilogue_.finish<int32_t, 1>(dots, sums, 0, taps.window_class, channel, lanes, y);
   }
 
   const ConvGeometry& g_;

@@ -132,6 +132,63 @@ inline DotTile dot_tile_of(int rows, int vectors) {
   return rows == 2 ? dot_tile_of_rows<2>(vectors) : dot_tile_of_rows<1>(vectors);
 }
 
+// A valid tap of a depthwise window: where its codes lie from the window's first one, and its weights.
+struct Tap {
+  int64_t code, weight;
+};
+
+// dots[V * kLanes] = sum over taps of code * weight, channel by channel, and sums the codes alone. Weights are codes, too, one
+// in each 32-bit lane. Codes are read in whole vectors. `first`, where the window begins, may lie outside the image.
+template <int V>
+void dot_taps(const uint8_t* codes, int64_t first, const int32_t* weights, const Tap* taps, int64_t count, int32_t* dots, int32_t* sums) {
+#if defined(__AVX512F__)
+  __m512i dot[V], sum[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) dot[v] = sum[v] = _mm512_setzero_si512();
+  for (int64_t t = 0; t < count; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + (first + taps[t].code + v * kLanes)));
+      const __m512i code = _mm512_cvtepu8_epi32(bytes);
+      dot[v] = _mm512_dpwssd_epi32(dot[v], code, _mm512_loadu_si512(weights + taps[t].weight + v * kLanes));
+      sum[v] = _mm512_add_epi32(sum[v], code);
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    _mm512_storeu_si512(dots + v * kLanes, dot[v]);
+    _mm512_storeu_si512(sums + v * kLanes, sum[v]);
+  }
+#elif defined(__AVX2__)
+  __m256i dot[V], sum[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) dot[v] = sum[v] = _mm256_setzero_si256();
+  for (int64_t t = 0; t < count; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + (first + taps[t].code + v * kLanes)));
+      const __m256i code = _mm256_cvtepu8_epi32(bytes);
+      const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + taps[t].weight + v * kLanes));
+      dot[v] = _mm256_add_epi32(dot[v], _mm256_madd_epi16(code, weight));
+      sum[v] = _mm256_add_epi32(sum[v], code);
+    }
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + v * kLanes), dot[v]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + v * kLanes), sum[v]);
+  }
+#else
+  int32_t dot[V * kLanes] = {}, sum[V * kLanes] = {};
+  for (int64_t t = 0; t < count; ++t)
+    for (int c = 0; c < V * kLanes; ++c) {
+      const int32_t code = codes[first + taps[t].code + c];
+      dot[c] += code * weights[taps[t].weight + c];
+      sum[c] += code;
+    }
+  std::memcpy(dots, dot, sizeof dot);
+  std::memcpy(sums, sum, sizeof sum);
+#endif
+}
+
 // Sum of n codes, stored as bytes or widened.
 template <class T>
 int64_t sum_codes(const T* p, int64_t n) {

@@ -191,9 +191,12 @@ Plan plan_of(const LowbitArgs& args) {
 Codes encode_activation(const LowbitArgs& args, const Plan& plan) {
   const ConvGeometry& g = args.geometry;
   const bool channels_last = is_channels_last(g, args.x_stride);
-  // The kernels read whole groups of kDepth codes: only a multiple ends inside the tensor of the user.
-  if (args.x_dtype == DType::kUInt8 && channels_last && (plan.path != Path::kRows || plan.depth % kDepth == 0))
-    return {static_cast<const uint8_t*>(args.x), {}};
+  // Rows are read in whole groups of kDepth codes, depthwise channels in whole vectors: only multiples of these end inside the
+  // tensor of the user.
+  const bool ends_inside = plan.path == Path::kRows        ? plan.depth % kDepth == 0
+                           : plan.path == Path::kDepthwise ? g.in_channels % kLanes == 0
+                                                           : true;
+  if (args.x_dtype == DType::kUInt8 && channels_last && ends_inside) return {static_cast<const uint8_t*>(args.x), {}};
   Codes codes{nullptr, Buffer<uint8_t>(g.batch * g.in_height * g.in_width * g.in_channels)};
   codes.data = codes.owned.data();
   const auto encode = [&](const auto& to_codes) {
@@ -235,7 +238,7 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
   weights.tap_sums = Buffer<int64_t>(taps * slots);
   weights.tap_sums.clear();
   if (depthwise) {
-    weights.taps = Buffer<uint8_t>(taps * slots);
+    weights.taps = Buffer<int32_t>(taps * slots);
     weights.taps.clear();
   } else {
     weights.panels = Buffer<Weight>(slots * plan.steps() * kDepth);

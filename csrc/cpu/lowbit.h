@@ -72,7 +72,7 @@ struct Window {
 
 struct Weights {
   Buffer<Weight> panels;     // [groups][panels][steps][channels of the panel][kDepth]; not for kDepthwise
-  Buffer<uint8_t> taps;      // [taps][slots]: codes; kDepthwise only
+  Buffer<int32_t> taps;      // [taps][slots]: codes; kDepthwise only
   Buffer<int64_t> tap_sums;  // [taps][slots]: sum of the codes over the group's input channels
   int32_t zero;              // what was subtracted from the codes in the panels
 

@@ -45,6 +45,7 @@ VARIED = [
                 "stride": (2, 1),
                 "padding": (2, 2, 2, 2),
             },
+            {"shape": (1, 96, 5, 4), "out_channels": 96, "kernel": (3, 3), "groups": 96, "padding": (1, 0, 0, 2)},
             {"shape": (1, 6, 9, 9), "out_channels": 18, "kernel": (3, 3), "groups": 6, "padding": (1, 1, 1, 1)},
             {"shape": (2, 8, 12, 13), "out_channels": 9, "kernel": (3, 3), "dilation": (2, 3), "padding": (2, 2, 3, 3)},
             {"shape": (1, 1, 1, 1), "out_channels": 1, "kernel": (1, 1)},
