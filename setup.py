@@ -1,7 +1,8 @@
 """Builds the native libraries with CMake and puts them into the package; pyproject.toml says the rest.
 
 Environment: QK_CUDA=0|1 (leave CUDA out, or fail without nvcc; default: build it when nvcc is found), QK_CUDA_ARCHS
-(targets, default "80;86;89;90a"), QK_JOBS (parallel compile jobs, default: the number of processors).
+(targets, default "80;86;89;90a"), QK_EMU=1 (with an in-place or editable build: the emulator of the CUDA kernels, for
+tests), QK_JOBS (parallel compile jobs, default: the number of processors).
 """
 
 import os
@@ -42,6 +43,7 @@ class CMakeBuild(build_ext):
             "QK_OUTPUT_DIR": target,
             "QK_CUDA": os.environ.get("QK_CUDA", "auto"),
             "QK_CUDA_ARCHS": os.environ.get("QK_CUDA_ARCHS", "80;86;89;90a"),
+            "QK_EMU": os.environ.get("QK_EMU", "0") if self.in_source else "0",
         }
         # A switch of generator between builds would stop CMake; the object files are not worth keeping then.
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator]

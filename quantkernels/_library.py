@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-_LIB = Path(__file__).parent / "_lib"
+LIBRARIES = Path(__file__).parent / "_lib"
 _REBUILD = "rebuild with: pip install --no-build-isolation ."
 
 
 def _load() -> tuple[bool, str]:
     """Register the native ops with torch. Returns whether the CUDA library was loaded, and why if not."""
-    cpu = _LIB / "quantkernels_cpu.so"
+    cpu = LIBRARIES / "quantkernels_cpu.so"
     if not cpu.exists():
         raise ImportError(f"quantkernels: the native CPU library {cpu} is missing; {_REBUILD}")
     torch.ops.load_library(str(cpu))
-    cuda = _LIB / "quantkernels_cuda.so"
+    cuda = LIBRARIES / "quantkernels_cuda.so"
     if not cuda.exists():
         return False, "not built"
     if torch.version.cuda is None:

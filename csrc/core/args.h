@@ -15,7 +15,7 @@ struct Layout {
   int64_t channels;
   int64_t inner;
 
-  int64_t numel() const { return outer * channels * inner; }
+  QK_HOST_DEVICE int64_t numel() const { return outer * channels * inner; }
 };
 
 struct StatsArgs {

@@ -1,7 +1,9 @@
 #pragma once
-// The CUDA backend as csrc/ops sees it. Pointers are device pointers; nothing here synchronises or allocates.
+// The CUDA backend as csrc/ops sees it. Pointers are device pointers; nothing here synchronises, so all of it can be
+// captured in a CUDA graph.
 
 #include <cstdint>
+#include <functional>
 
 #include "core/args.h"
 
@@ -10,6 +12,8 @@ namespace qk::cuda {
 struct Context {
   void* stream;         // cudaStream_t
   int multiprocessors;  // of the device the stream belongs to
+  // Device memory for partial sums, free to be used again by what the stream runs after this call.
+  std::function<float*(int64_t floats)> workspace;
 };
 
 // Number of multiprocessors of the current device.
@@ -18,10 +22,19 @@ int multiprocessors();
 // Text of the last launch error, or null. Clears it.
 const char* last_error();
 
-void fake_quantize_forward(const FakeQuantizeArgs& args, const Context& context);
+void channel_stats(const StatsArgs& args, const Context& context);
+void conditional_abs_mean(const ConditionalMeanArgs& args, const Context& context);
+void range_errors(const RangeErrorsArgs& args, const Context& context);
 
-// Floats of workspace that the backward pass needs for its partial sums.
-int64_t fake_quantize_workspace(const FakeQuantizeArgs& args, const Context& context);
-void fake_quantize_backward(const FakeQuantizeArgs& args, const Context& context, float* workspace);
+void fake_quantize_forward(const FakeQuantizeArgs& args, const Context& context);
+void fake_quantize_backward(const FakeQuantizeArgs& args, const Context& context);
+
+void attention_quantize_forward(const AttentionArgs& args, const Context& context);
+void attention_quantize_backward(const AttentionArgs& args, const Context& context);
+
+void encode(const EncodeArgs& args, const Context& context);
+void pack_bitplanes(const PackArgs& args, const Context& context);
+void unpack_bitplanes(const UnpackArgs& args, const Context& context);
+void quantize_pack(const QuantizePackArgs& args, const Context& context);
 
 }  // namespace qk::cuda

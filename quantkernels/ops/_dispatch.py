@@ -14,7 +14,10 @@ from ._register import eager
 
 # "native" is the kernels compiled for the tensor's device: csrc/cpu or csrc/cuda. The others have a namespace of their
 # own with the same schemas, so that one program can hold all of them against each other.
-NAMESPACES = {"native": "quantkernels", "triton": "quantkernels_triton"}
+NAMESPACES = {"native": "quantkernels", "triton": "quantkernels_triton", "emu": "quantkernels_emu"}
+
+# What to import for a namespace that is not always there.
+_MODULES = {"triton": "quantkernels.triton", "emu": "quantkernels.emu"}
 
 _current = "native"
 
@@ -22,11 +25,11 @@ _current = "native"
 def _require(name: str) -> None:
     if name not in NAMESPACES:
         raise ValueError(f"quantkernels.backend: name must be one of {', '.join(NAMESPACES)}, got {name!r}")
-    if name == "triton":
+    if name in _MODULES:
         try:
-            importlib.import_module("quantkernels.triton")
+            importlib.import_module(_MODULES[name])
         except ImportError as error:
-            raise RuntimeError(f"quantkernels.backend: the triton backend needs the package triton: {error}") from error
+            raise RuntimeError(f"quantkernels.backend: the {name} backend cannot be loaded: {error}") from error
 
 
 class _Choice(contextlib.AbstractContextManager[str]):
@@ -47,8 +50,9 @@ class _Choice(contextlib.AbstractContextManager[str]):
 def backend(name: str | None = None) -> Any:
     """Tell or choose the backend of all ops.
 
-    Without an argument returns the current name. With ``"native"`` (kernels compiled for the tensor's device) or
-    ``"triton"`` chooses it from now on; as a context manager, for the block alone::
+    Without an argument returns the current name. With ``"native"`` (kernels compiled for the tensor's device),
+    ``"triton"``, or ``"emu"`` (the CUDA kernels emulated on CPU tensors, for tests) chooses it from now on; as a
+    context manager, for the block alone::
 
         with quantkernels.backend("triton"):
             q = quantizer(x)

@@ -18,7 +18,11 @@ def _cpu() -> str | None:
 
 
 def _emulator() -> str | None:
-    return None if "emu" in NAMESPACES else "this version has no CUDA emulator"
+    try:
+        importlib.import_module("quantkernels.emu")
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def _triton() -> str | None:

@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
@@ -28,13 +29,47 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
+// A code. That of a NaN is 0.
+template <>
+__device__ __forceinline__ uint8_t from_float<uint8_t>(float v) {
+  return v == v ? static_cast<uint8_t>(v) : 0;
+}
 
-// As many elements as one 16-byte access moves.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
+// Neighbouring elements that one access moves.
+template <class T, int kSize>
+struct alignas(sizeof(T) * kSize) Pack {
   T v[kSize];
 };
+
+// As many elements as 16 bytes hold.
+template <class T>
+inline constexpr int kPackSize = 16 / static_cast<int>(sizeof(T));
+
+// The elements [lo, hi) of the pack at p; the others are 0. One access if kWhole says that all are asked for and p is
+// aligned.
+template <class T, int kSize, bool kWhole>
+__device__ __forceinline__ Pack<T, kSize> load_pack(const T* p, int lo, int hi) {
+  if constexpr (kWhole) {
+    return *reinterpret_cast<const Pack<T, kSize>*>(p);
+  } else {
+    Pack<T, kSize> pack{};
+#pragma unroll
+    for (int i = 0; i < kSize; ++i)
+      if (i >= lo && i < hi) pack.v[i] = p[i];
+    return pack;
+  }
+}
+
+template <class T, int kSize, bool kWhole>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, kSize>& pack, int lo, int hi) {
+  if constexpr (kWhole) {
+    *reinterpret_cast<Pack<T, kSize>*>(p) = pack;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i)
+      if (i >= lo && i < hi) p[i] = pack.v[i];
+  }
+}
 
 // Calls f(T*) with the element type that dtype names.
 template <class F>

@@ -1,0 +1,37 @@
+#pragma once
+// cp.async (sm_80 and newer): global to shared memory without registers in between. A thread's copies since its last commit
+// form a group; data may be read after a wait, and by other threads after a barrier behind it.
+
+#include <cuda_runtime.h>
+
+namespace qk::cuda::ptx {
+
+#if defined(QK_EMULATOR)
+
+inline void cp_async_16(void* shared, const void* global) { emu::copy_async(shared, global, 16); }
+inline void cp_async_commit() { emu::commit_copies(); }
+template <int kGroupsInFlight>
+inline void cp_async_wait() {
+  emu::wait_copies(kGroupsInFlight);
+}
+
+#else
+
+// 16 bytes, both addresses aligned to 16. .cg keeps them out of L1: shared memory is where they are wanted.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kGroupsInFlight of the thread's groups are under way.
+template <int kGroupsInFlight>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsInFlight) : "memory");
+}
+
+#endif
+
+}  // namespace qk::cuda::ptx

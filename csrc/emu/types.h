@@ -1,0 +1,13 @@
+#pragma once
+// The built-in types and variables of CUDA C++ that the kernels use.
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+inline dim3 gridDim, blockDim;
+inline uint3 blockIdx, threadIdx;

@@ -1,0 +1,46 @@
+#pragma once
+// Every schema of the library, in one place: for the namespace of the library itself and for that of the emulator.
+
+#include <torch/csrc/stable/library.h>
+
+namespace qk::ops {
+
+inline void define_schemas(torch::stable::detail::StableLibrary& m) {
+  // grid [channels, 3]: offset, step, threshold; kind 0 uniform, 1 binary, 2 ternary, 3 identity; levels: the highest code;
+  // ste 0 identity, 1 clip, 2 full; axis None: per tensor.
+
+  m.def("channel_stats(Tensor x, int? axis) -> Tensor");
+  m.def("conditional_abs_mean(Tensor x, Tensor threshold, int? axis) -> Tensor");
+  m.def("range_errors(Tensor x, Tensor candidates, int levels, int? axis) -> Tensor");
+
+  m.def("fake_quantize(Tensor x, Tensor grid, int kind, int levels, int ste, int? axis) -> Tensor");
+  m.def(
+      "fake_quantize_backward(Tensor grad, Tensor x, Tensor grid, int kind, int levels, int ste, int? axis) -> (Tensor, "
+      "Tensor)");
+
+  m.def(
+      "attention_quantize(Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int[] stes, int? axis) -> "
+      "Tensor");
+  m.def(
+      "attention_quantize_backward(Tensor grad, Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, "
+      "int[] stes, int? axis) -> (Tensor, Tensor, Tensor)");
+
+  m.def("encode(Tensor x, Tensor grid, int kind, int levels, int? axis) -> Tensor");
+  m.def("pack_bitplanes(Tensor codes, int kind, int levels) -> Tensor");
+  m.def("unpack_bitplanes(Tensor planes, int kind, int columns) -> Tensor");
+  m.def("quantize_pack(Tensor x, Tensor grid, int kind, int levels, int? axis) -> (Tensor, Tensor)");
+
+  // x: floats, encoded by x_grid, or uint8 codes. planes [w_bits, out_channels, words]. Output: floats of out_dtype
+  // (default: x's, float32 for codes), or the uint8 codes of out_grid. padding: top, bottom, left, right.
+  m.def(
+      "lowbit_linear(Tensor x, Tensor x_grid, int x_kind, int x_levels, Tensor planes, Tensor w_grid, int w_kind, "
+      "int w_levels, Tensor? bias, Tensor? scale, Tensor? shift, float lower, float upper, Tensor? out_grid, int out_kind, "
+      "int out_levels, ScalarType? out_dtype) -> Tensor");
+  m.def(
+      "lowbit_conv2d(Tensor x, Tensor x_grid, int x_kind, int x_levels, Tensor planes, Tensor w_grid, int w_kind, "
+      "int w_levels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? bias, "
+      "Tensor? scale, Tensor? shift, float lower, float upper, Tensor? out_grid, int out_kind, int out_levels, "
+      "ScalarType? out_dtype) -> Tensor");
+}
+
+}  // namespace qk::ops
