@@ -94,11 +94,11 @@ def _hooked(module: nn.Module) -> bool:
 def batch_norm_scale_shift(norm: Any) -> tuple[Tensor, Tensor]:
     """float32 [C] scale = gamma/sqrt(var + eps) and shift = beta - mean*scale.
 
-    The scale is rounded where torch's own batch-norm on the CPU rounds it: the fewer values the folded layer rounds
-    differently, the fewer codes of the next layer cross a tie.
+    Both are rounded where torch's own batch-norm on the CPU rounds them (shift by a fused multiply-add, for which float64
+    stands in), so that there the folded layer gives the same bits.
     """
     with torch.no_grad():
-        scale = 1.0 / (norm.running_var.float() + norm.eps).sqrt()
+        scale = torch.rsqrt(norm.running_var.float() + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight.float()
         shift = -norm.running_mean.double() * scale.double()

@@ -9,6 +9,8 @@
 // float32, this order, no FMA: the packed layer and the layer in eval mode run the same lines, so they agree to the bit. The
 // sums are exact integers, each rounded to float32 once, by the caller.
 
+#include <cmath>
+
 #include "core/args.h"
 
 namespace qk {
@@ -23,6 +25,10 @@ QK_HOST_DEVICE float window_term(float weights, float taps, float activation_off
   return activation_offset * (weight_step * weights + weight_offset * taps);
 }
 
+// A folded batch-norm. Fused on purpose: torch's batch-norm on the CPU rounds once here, and so the folded layer gives the
+// bits that the layers gave apart.
+QK_HOST_DEVICE float scale_and_shift(float y, float scale, float shift) { return fmaf(y, scale, shift); }
+
 // Bias, folded batch-norm, ReLU or clip. NaN passes.
 QK_HOST_DEVICE float clamp_output(float y, float lower, float upper) {
   y = y < lower ? lower : y;
@@ -31,7 +37,7 @@ QK_HOST_DEVICE float clamp_output(float y, float lower, float upper) {
 
 QK_HOST_DEVICE float finish_output(float y, const EpilogueArgs& epilogue, int64_t channel) {
   if (epilogue.bias) y = y + epilogue.bias[channel];
-  if (epilogue.scale) y = y * epilogue.scale[channel] + epilogue.shift[channel];
+  if (epilogue.scale) y = scale_and_shift(y, epilogue.scale[channel], epilogue.shift[channel]);
   return clamp_output(y, epilogue.lower, epilogue.upper);
 }
 

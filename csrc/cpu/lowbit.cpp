@@ -318,7 +318,7 @@ void Epilogue::finish(const Sum* dots, const Sum* activations, Sum zero, int64_t
   if (has_bias_)
     for (int64_t i = 0; i < n; ++i) y[i] = y[i] + bias_[slot + i];
   if (has_scale_)
-    for (int64_t i = 0; i < n; ++i) y[i] = y[i] * scale_[slot + i] + shift_[slot + i];
+    for (int64_t i = 0; i < n; ++i) y[i] = scale_and_shift(y[i], scale_[slot + i], shift_[slot + i]);
   for (int64_t i = 0; i < n; ++i) y[i] = clamp_output(y[i], lower_, upper_);
 }
 

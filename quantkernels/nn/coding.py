@@ -129,13 +129,15 @@ def linear_on_floats(x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def affine(y: Tensor, epilogue: Epilogue, axis: int) -> Tensor:
-    """y * scale + shift along `axis` in float32, rounded once to the dtype of y; y itself where there is
-    neither."""
-    if epilogue.scale is None or epilogue.shift is None:
+    """y * scale + shift along `axis`, as torch's batch-norm rounds it; y itself where there is neither."""
+    scale, shift = epilogue.scale, epilogue.shift
+    if scale is None or shift is None:
         return y
-    shape = [1] * y.dim()
-    shape[axis] = -1
-    return (y.float() * epilogue.scale.reshape(shape) + epilogue.shift.reshape(shape)).to(y.dtype)
+    # A batch-norm of mean 0 and variance 1 is this multiply-add, by the very kernel of the batch-norm that was folded.
+    lanes = y.movedim(axis, 1) if y.dim() > 1 else y[None]
+    mean, variance = torch.zeros_like(scale), torch.ones_like(scale)
+    out = functional.batch_norm(lanes, mean, variance, scale, shift, eps=0.0)
+    return out.movedim(1, axis) if y.dim() > 1 else out[0]
 
 
 class Substitute(torch.autograd.Function):

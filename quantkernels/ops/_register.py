@@ -47,8 +47,8 @@ def register(op: str, namespace: str) -> None:
 def eager(op: str, namespace: str) -> Callable[..., Any]:
     """``op`` of ``namespace`` for eager mode, with the same gradient as the registered one at half its fixed cost.
 
-    torch.library's autograd enters Python through the dispatcher twice a call; an ``autograd.Function`` around the kernel
-    enters it once. A layer's weight is quantized in a few hundred microseconds, so this shows.
+    torch.library's autograd enters Python through the dispatcher twice a call; an ``autograd.Function`` around the
+    kernel enters it once. A layer's weight is quantized in a few hundred microseconds, so this shows.
     """
     key = (op, namespace)
     if key not in _EAGER:

@@ -35,7 +35,7 @@ def epilogue(
     where out_grid is given.
 
     Sums D, SA, SW, V are exact integers, rounded to float32 once; each operation after that is one float32
-    rounding.
+    rounding, "* scale + shift" together too.
     """
     dot, activation_sum, weight_sum, count = (value.float() for value in sums)
     offset_a, step_a = x_grid[0, 0], x_grid[0, 1]
@@ -45,10 +45,9 @@ def epilogue(
     shape[channel_axis] = y.shape[channel_axis]
     if bias is not None:
         y = y + bias.float().reshape(shape)
-    if scale is not None:
-        y = y * scale.float().reshape(shape)
-    if shift is not None:
-        y = y + shift.float().reshape(shape)
+    if scale is not None and shift is not None:
+        # A fused multiply-add: in float64 the product is exact, so this rounds once.
+        y = (y.double() * scale.double().reshape(shape) + shift.double().reshape(shape)).float()
     y = torch.where(y < lower, lower, y)
     y = torch.where(y > upper, upper, y)
     if out_grid is None:

@@ -109,9 +109,8 @@ def lowbit_linear_kernel(
     if bias is not None:
         y = y + tl.load(bias + column, mask=there, other=0.0)
     if scale is not None:
-        y = y * tl.load(scale + column, mask=there, other=0.0)
-    if shift is not None:
-        y = y + tl.load(shift + column, mask=there, other=0.0)
+        slope = tl.load(scale + column, mask=there, other=0.0)
+        y = multiply_add(y, slope, tl.load(shift + column, mask=there, other=0.0))
     y = tl.where(y < lower, lower, y)
     y = tl.where(y > upper, upper, y)
     place = out + row * columns + column
