@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._checks import check, check_float, check_quantizer, parameters
-from ._tiles import EXACT, TERNARY, code_of, load_float, load_grid, store_rounded
+from ._tiles import EXACT, TERNARY, code_of, load_float, load_grid, multiply_add, store_rounded
 
 _BLOCK_ROWS = 32
 _BLOCK_COLUMNS = 32
