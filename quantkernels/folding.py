@@ -94,8 +94,8 @@ def _hooked(module: nn.Module) -> bool:
 def batch_norm_scale_shift(norm: Any) -> tuple[Tensor, Tensor]:
     """float32 [C] scale = gamma/sqrt(var + eps) and shift = beta - mean*scale.
 
-    Both are rounded where torch's own batch-norm on the CPU rounds them (shift by a fused multiply-add, for which float64
-    stands in), so that there the folded layer gives the same bits.
+    Both are rounded where torch's own batch-norm on the CPU rounds them (shift by a fused multiply-add, for which
+    float64 stands in), so that there the folded layer gives the same bits.
     """
     with torch.no_grad():
         scale = torch.rsqrt(norm.running_var.float() + norm.eps)

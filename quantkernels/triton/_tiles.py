@@ -112,7 +112,7 @@ def in_layout_of(t: Tensor, like: Tensor) -> Tensor:
 
 @triton.jit
 def multiply_add(a, b, c):
-    """a * b + c with one rounding. The interpreter's fma rounds twice; there float64 stands in, which holds the product."""
+    """a * b + c, rounded once. The interpreter's fma rounds twice: there float64 stands in, which holds the product."""
     if _INTERPRETED:
         return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
     return tl.fma(a, b, c)
