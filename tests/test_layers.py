@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "quantkernels._library": {"quantkernels._lib"},
     "quantkernels.ops": {"quantkernels._library"},
     "quantkernels.triton": {"quantkernels.ops"},
+    "quantkernels.emu": {"quantkernels._library", "quantkernels.ops"},
     "quantkernels.quantizers": {"quantkernels.ops"},
     "quantkernels.nn": {"quantkernels.ops", "quantkernels.quantizers"},
     # convert.py and the modules beside it that it is made of
@@ -26,7 +27,12 @@ MAY_IMPORT = {
 }
 FACADE = "quantkernels"
 # The facade shows everything but what exists for tests.
-MAY_IMPORT[FACADE] = set(MAY_IMPORT) - {"quantkernels.reference", "quantkernels.testing", "quantkernels.triton"}
+MAY_IMPORT[FACADE] = set(MAY_IMPORT) - {
+    "quantkernels.reference",
+    "quantkernels.testing",
+    "quantkernels.triton",
+    "quantkernels.emu",
+}
 PUBLIC = {"quantkernels", "quantkernels.nn", "quantkernels.ops"}
 
 MAY_INCLUDE = {
