@@ -67,9 +67,9 @@ struct AttentionArgs {
   const float* grids;            // [K, channels, 3]
   const void* x;                 // [outer, channels, inner]
   const void* grad;              // like x; backward only
-  void* out;                     // like x: q, or grad_x in the backward pass
+  void* out;                     // like x: q, or grad_x in the backward pass; null: grad_attention is all that is wanted
   float* grad_attention;         // [K]; backward only
-  float* sums;                   // [K, channels, 3]: below, above, inside; backward only
+  float* sums;                   // [K, channels, 3]: below, above, inside; backward only, null where out is
 };
 
 struct EncodeArgs {

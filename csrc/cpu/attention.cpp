@@ -98,8 +98,8 @@ struct Forward : Members<kMix, kCount, true> {
 };
 
 // Accumulators: sum g; sum g c_k a quantizer (of an identity member sum g x); then what kSte, the most that any member asks
-// for, adds a quantizer: below and above, and inside.
-template <Mix kMix, int kCount, Ste kSte, class T>
+// for, adds a quantizer: below and above, and inside. kStores: grad_x is wanted.
+template <Mix kMix, int kCount, Ste kSte, bool kStores, class T>
 struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
   using Base = Members<kMix, kCount, kSte == Ste::kIdentity>;
   static constexpr int kSize = Base::kSize;
@@ -134,7 +134,7 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
       if constexpr (kSte != Ste::kIdentity)
         passed = add_where(passed, clip(k, g, shared, code, p, sums + 1 + kSize + kRangeSums * k), this->attention[k]);
     }
-    store(out + i, g * passed, lanes);
+    if constexpr (kStores) store(out + i, g * passed, lanes);
   }
 
  private:
@@ -207,6 +207,7 @@ void finish_backward(const AttentionArgs& args, const std::vector<double>& total
       const float* const row = grid_row(args, k, c);
       const double with_code = totals[(1 + k) * channels + c];
       product += args.kinds[k] == Kind::kIdentity ? with_code : row[0] * totals[c] + row[1] * with_code;
+      if (!args.sums) continue;
       const int used = args.stes[k] == Ste::kFull ? 3 : args.stes[k] == Ste::kClip ? 2 : 0;
       for (int s = 0; s < 3; ++s)
         args.sums[(k * channels + c) * 3 + s] =
@@ -232,10 +233,11 @@ void attention_quantize_backward(const AttentionArgs& args) {
   const Ste most = *std::max_element(args.stes, args.stes + args.count);
   with_type(args.dtype, [&]<class T>(T*) {
     with_members(args, [&]<Mix kMix, int kCount>() {
-      const auto run = [&]<Ste kSte>() {
-        using Op = Backward<kMix, kCount, kSte, T>;
+      const auto run = [&]<Ste kSte, bool kStores = true>() {
+        using Op = Backward<kMix, kCount, kSte, kStores, T>;
         finish_backward(args, traverse(args.layout, walk, table, Op(args)), Op::kSize, Op::kRangeSums);
       };
+      if (!args.out) return run.template operator()<Ste::kIdentity, false>();
       switch (most) {
         case Ste::kIdentity: return run.template operator()<Ste::kIdentity>();
         case Ste::kClip: return run.template operator()<Ste::kClip>();

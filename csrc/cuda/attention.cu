@@ -49,10 +49,12 @@ void attention_quantize_backward(const AttentionArgs& args, const Context& conte
       const Members<kMax> members = members_of<kMax>(args);
       AttentionSums<kMax> sums{{}, members.count, channels, {}, args.grids, args.sums, contribution};
       std::copy_n(members.kinds, kMax, sums.kinds);
-      traverse(
-          context, args.layout,
-          AttentionBackward<T, kMax, kUniform>{
-              {static_cast<const T*>(args.grad), static_cast<const T*>(args.x)}, static_cast<T*>(args.out), members, sums});
+      const auto run = [&]<class Result>(Result* out) {
+        traverse(context, args.layout,
+                 AttentionBackward<T, Result, kMax, kUniform>{
+                     {static_cast<const T*>(args.grad), static_cast<const T*>(args.x)}, out, members, sums});
+      };
+      args.out ? run(static_cast<T*>(args.out)) : run(static_cast<void*>(nullptr));
     });
   });
   if (channels > 1)

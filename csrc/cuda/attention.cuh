@@ -83,7 +83,7 @@ struct AttentionSums : Additive<1 + 4 * kMax> {
   int64_t channels;
   Kind kinds[kMax];
   const float* grids;   // [count, channels, 3]
-  float* sums;          // [count, channels, 3]
+  float* sums;          // [count, channels, 3], or null
   float* contribution;  // to the gradient of attention: [channels, kMaxQuantizers], or [count] of the only channel
 
   __device__ void finish(int64_t channel, const double* totals) const {
@@ -94,17 +94,18 @@ struct AttentionSums : Additive<1 + 4 * kMax> {
       const float* const grid = grids + (k * channels + channel) * kGridColumns;
       contribution[channel * kMaxQuantizers + k] =
           static_cast<float>(kinds[k] == Kind::kIdentity ? mine[0] : grid[0] * totals[0] + grid[1] * mine[0]);
-      for (int s = 0; s < 3; ++s) sums[(k * channels + channel) * 3 + s] = static_cast<float>(mine[1 + s]);
+      for (int s = 0; sums && s < 3; ++s) sums[(k * channels + channel) * 3 + s] = static_cast<float>(mine[1 + s]);
     }
     if (channels > 1)
       for (int k = count; k < kMaxQuantizers; ++k) contribution[channel * kMaxQuantizers + k] = 0.0f;
   }
 };
 
-template <class Element, int kMax, bool kUniform>
+// Result void: grad_attention is all that is wanted.
+template <class Element, class Result, int kMax, bool kUniform>
 struct AttentionBackward {
   using T = Element;
-  using Out = Element;
+  using Out = Result;
   using Reduction = AttentionSums<kMax>;
   using Params = ChannelMembers<kMax>;
   static constexpr int kInputs = 2, kUnroll = 2, kMinBlocks = 2;

@@ -43,7 +43,7 @@ inline AttentionInputs attention_inputs(const char* op, const Tensor& x_in, cons
 
 template <class Backend>
 Tensor attention_quantize(const Tensor& x_in, const Tensor& attention, const Tensor& grids, const Ints kinds, const Ints levels,
-                          const Ints stes, std::optional<int64_t> axis) {
+                          const Ints stes, std::optional<int64_t> axis, bool) {
   AttentionInputs in = attention_inputs("attention_quantize", x_in, attention, grids, kinds, levels, stes, axis);
   Tensor out = torch::stable::empty_like(in.x);
   in.args.out = out.mutable_data_ptr();
@@ -68,6 +68,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_quantize_backward(const Tensor& gra
   in.args.sums = static_cast<float*>(sums.mutable_data_ptr());
   if (in.x.numel() > 0) Backend::attention_quantize_backward(in.args, in.x);
   return {grad_x, grad_attention, sums};
+}
+
+// grad_attention alone: the backward kernel writes nothing else.
+template <class Backend>
+Tensor attention_gradient(const Tensor& grad_in, const Tensor& x_in, const Tensor& attention, const Tensor& grids,
+                          const Ints kinds, const Ints levels, std::optional<int64_t> axis) {
+  constexpr const char* op = "attention_gradient";
+  AttentionInputs in = attention_inputs(op, x_in, attention, grids, kinds, levels, Ints(kinds.size(), 0), axis);
+  const Tensor grad = gradient_of(op, grad_in, in.x);
+  Tensor grad_attention = new_sums(in.x, {in.args.count});
+  in.args.grad = grad.const_data_ptr();
+  in.args.grad_attention = static_cast<float*>(grad_attention.mutable_data_ptr());
+  if (in.x.numel() > 0) Backend::attention_quantize_backward(in.args, in.x);
+  return grad_attention;
 }
 
 }  // namespace qk::ops

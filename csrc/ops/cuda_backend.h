@@ -84,6 +84,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward<Kernels>));
   m.impl("attention_quantize", TORCH_BOX(&attention_quantize<Kernels>));
   m.impl("attention_quantize_backward", TORCH_BOX(&attention_quantize_backward<Kernels>));
+  m.impl("attention_gradient", TORCH_BOX(&attention_gradient<Kernels>));
   m.impl("encode", TORCH_BOX(&encode<Kernels>));
   m.impl("pack_bitplanes", TORCH_BOX(&pack_bitplanes<Kernels>));
   m.impl("unpack_bitplanes", TORCH_BOX(&unpack_bitplanes<Kernels>));

@@ -55,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) {
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward<Cpu>));
   m.impl("attention_quantize", TORCH_BOX(&attention_quantize<Cpu>));
   m.impl("attention_quantize_backward", TORCH_BOX(&attention_quantize_backward<Cpu>));
+  m.impl("attention_gradient", TORCH_BOX(&attention_gradient<Cpu>));
   m.impl("encode", TORCH_BOX(&encode<Cpu>));
   m.impl("pack_bitplanes", TORCH_BOX(&pack_bitplanes<Cpu>));
   m.impl("unpack_bitplanes", TORCH_BOX(&unpack_bitplanes<Cpu>));

@@ -7,7 +7,7 @@ namespace qk::ops {
 
 inline void define_schemas(torch::stable::detail::StableLibrary& m) {
   // grid [channels, 3]: offset, step, threshold; kind 0 uniform, 1 binary, 2 ternary, 3 identity; levels: the highest code;
-  // ste 0 identity, 1 clip, 2 full; axis None: per tensor.
+  // ste 0 identity, 1 clip, 2 full; axis None: per tensor. convex: the attention sums to one, which only the gradient uses.
 
   m.def("channel_stats(Tensor x, int? axis) -> Tensor");
   m.def("conditional_abs_mean(Tensor x, Tensor threshold, int? axis) -> Tensor");
@@ -19,11 +19,14 @@ inline void define_schemas(torch::stable::detail::StableLibrary& m) {
       "Tensor)");
 
   m.def(
-      "attention_quantize(Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int[] stes, int? axis) -> "
-      "Tensor");
+      "attention_quantize(Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int[] stes, int? axis, "
+      "bool convex=False) -> Tensor");
   m.def(
       "attention_quantize_backward(Tensor grad, Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, "
       "int[] stes, int? axis) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_gradient(Tensor grad, Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int? axis) -> "
+      "Tensor");
 
   m.def("encode(Tensor x, Tensor grid, int kind, int levels, int? axis) -> Tensor");
   m.def("pack_bitplanes(Tensor codes, int kind, int levels) -> Tensor");

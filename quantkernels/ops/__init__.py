@@ -2,7 +2,7 @@
 
 from .. import _library  # noqa: F401  (registers the schemas that the rules below attach to)
 from ._dispatch import backend
-from .attention import attention_quantize
+from .attention import attention_gradient, attention_quantize
 from .bitplanes import encode, pack_bitplanes, quantize_pack, unpack_bitplanes
 from .conv import lowbit_conv2d
 from .fake_quantize import Kind, Ste, fake_quantize, grid_gradient
@@ -12,6 +12,7 @@ from .stats import channel_stats, conditional_abs_mean, range_errors
 __all__ = [
     "Kind",
     "Ste",
+    "attention_gradient",
     "attention_quantize",
     "backend",
     "channel_stats",

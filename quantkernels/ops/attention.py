@@ -21,6 +21,7 @@ def attention_quantize(
     levels: Sequence[int],
     stes: Sequence[int],
     axis: int | None = None,
+    convex: bool = False,
 ) -> Tensor:
     """The mixture ``q = sum_k a_k Q_k(x)`` (DQA, equation 3); a = (1, 0, ...) gives Q_0 to the bit.
 
@@ -36,6 +37,8 @@ def attention_quantize(
         levels: K highest codes, as for ``fake_quantize``; ignored for IDENTITY.
         stes: K of :class:`Ste`.
         axis: the channel dimension, or None for one grid a member for the whole tensor.
+        convex: the attention sums to one, as a softmax does. Where every ``ste`` is IDENTITY the gradient of ``x``
+            is then that of q, and no pass is spent on multiplying it by a sum that is one up to rounding.
 
     Returns:
         Tensor like ``x``, in the dtype of ``x``; arithmetic is float32 with one rounding at the end.
@@ -43,7 +46,27 @@ def attention_quantize(
     Raises:
         RuntimeError: naming the argument, what it must be and what it was.
     """
-    return call("attention_quantize", x, attention, grids, kinds, levels, stes, axis)
+    return call("attention_quantize", x, attention, grids, kinds, levels, stes, axis, convex)
+
+
+def attention_gradient(
+    grad: Tensor,
+    x: Tensor,
+    attention: Tensor,
+    grids: Tensor,
+    kinds: Sequence[int],
+    levels: Sequence[int],
+    axis: int | None = None,
+) -> Tensor:
+    """The gradient of ``attention_quantize`` in its attention alone: <grad, Q_k(x)> for each k, float32 [K].
+
+    Reads ``grad`` and ``x`` once and writes nothing of their size. Not differentiable. Arguments are those of
+    ``attention_quantize``; ``grad`` is like ``x``, and the values of ``attention`` do not matter.
+
+    Raises:
+        RuntimeError: naming the argument, what it must be and what it was.
+    """
+    return call("attention_gradient", grad, x, attention, grids, kinds, levels, axis)
 
 
 def _fake(
@@ -54,6 +77,7 @@ def _fake(
     levels: Sequence[int],
     stes: Sequence[int],
     axis: int | None,
+    convex: bool = False,
 ) -> Tensor:
     return torch.empty_like(x)
 
@@ -71,10 +95,22 @@ def _fake_backward(
     return torch.empty_like(x), attention.new_empty(attention.shape), grids.new_empty(grids.shape)
 
 
+def _fake_gradient(
+    grad: Tensor,
+    x: Tensor,
+    attention: Tensor,
+    grids: Tensor,
+    kinds: Sequence[int],
+    levels: Sequence[int],
+    axis: int | None,
+) -> Tensor:
+    return attention.new_empty(attention.shape, dtype=torch.float32)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, attention, grids, kinds, levels, stes, axis = inputs
+    x, attention, grids, *options = inputs
     ctx.save_for_backward(x, attention, grids)
-    ctx.options = kinds, levels, stes, axis
+    ctx.options = options
 
 
 def _grids_gradient(sums: Tensor, attention: Tensor, levels: Sequence[int], stes: Sequence[int]) -> Tensor:
@@ -84,17 +120,21 @@ def _grids_gradient(sums: Tensor, attention: Tensor, levels: Sequence[int], stes
 
 
 def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    kinds, levels, stes, axis = ctx.options
+    kinds, levels, stes, axis, convex = ctx.options
     x, attention, grids = ctx.saved_tensors
     for_x, for_attention, for_grids = ctx.needs_input_grad[:3]
-    learns = for_grids and any(ste != Ste.IDENTITY for ste in stes)
-    if not for_attention and not learns and all(ste == Ste.IDENTITY for ste in stes):
+    straight = all(ste == Ste.IDENTITY for ste in stes)  # then grids learn nothing
+    if straight and (convex or not for_x):
+        inputs = grad, x, attention, grids, kinds, levels, axis
+        return grad if for_x else None, ops.attention_gradient(*inputs) if for_attention else None, *(None,) * 6
+    if straight and not for_attention:
         slope = sum(attention.unbind())  # in the order of k, as the kernel adds them
-        return (grad.float() * slope).to(grad.dtype) if for_x else None, *(None,) * 6
+        return (grad.float() * slope).to(grad.dtype), *(None,) * 7
     grad_x, grad_attention, sums = ops.attention_quantize_backward(grad, x, attention, grids, kinds, levels, stes, axis)
-    grad_grids = _grids_gradient(sums, attention, levels, stes) if learns else None
-    return grad_x if for_x else None, grad_attention, grad_grids, None, None, None, None
+    grad_grids = _grids_gradient(sums, attention, levels, stes) if for_grids and not straight else None
+    return grad_x if for_x else None, grad_attention, grad_grids, *(None,) * 5
 
 
 rules("attention_quantize", OpRules(_fake, _backward, _setup_context))
 rules("attention_quantize_backward", OpRules(_fake_backward))
+rules("attention_gradient", OpRules(_fake_gradient))

@@ -144,7 +144,7 @@ class Mixture(Quantizer):
         if current is not None:
             return current(x)
         return ops.attention_quantize(
-            x, self.weights(), self.grids(x), self._kinds, self._levels, self._stes, self.axis
+            x, self.weights(), self.grids(x), self._kinds, self._levels, self._stes, self.axis, convex=True
         )
 
     def encode(self, x: Tensor) -> BitPlanes:

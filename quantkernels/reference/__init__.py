@@ -11,7 +11,12 @@ autograd, so that the explicit backward formulas are themselves checked against 
 derived by hand.
 """
 
-from .attention import attention_quantize, attention_quantize_backward, differentiable_attention_quantize
+from .attention import (
+    attention_gradient,
+    attention_quantize,
+    attention_quantize_backward,
+    differentiable_attention_quantize,
+)
 from .bitplanes import encode, pack_bitplanes, plane_count, quantize_pack, unpack_bitplanes
 from .conv import lowbit_conv2d
 from .fake_quantize import differentiable_fake_quantize, fake_quantize, fake_quantize_backward
@@ -19,6 +24,7 @@ from .matmul import lowbit_linear
 from .stats import channel_stats, conditional_abs_mean, range_errors
 
 __all__ = [
+    "attention_gradient",
     "attention_quantize",
     "attention_quantize_backward",
     "channel_stats",

@@ -29,6 +29,7 @@ def attention_quantize(
     levels: Sequence[int],
     stes: Sequence[int],
     axis: int | None = None,
+    convex: bool = False,
 ) -> Tensor:
     """attention float32 [K], grids float32 [K, C, 3] -> q in the shape and dtype of x.
 
@@ -84,6 +85,19 @@ def attention_quantize_backward(
                 mask = ((v >= 0) & (v <= levels[k])).float()
         slope = slope + attention[k] * mask
     return (g * slope).to(x.dtype), torch.stack(grad_attention).float(), torch.stack(all_sums)
+
+
+def attention_gradient(
+    grad: Tensor,
+    x: Tensor,
+    attention: Tensor,
+    grids: Tensor,
+    kinds: Sequence[int],
+    levels: Sequence[int],
+    axis: int | None = None,
+) -> Tensor:
+    """float32 [K]: sum g*Q_k(x), whatever the attention."""
+    return attention_quantize_backward(grad, x, attention, grids, kinds, levels, [0] * len(kinds), axis)[1]
 
 
 def differentiable_attention_quantize(

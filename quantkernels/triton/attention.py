@@ -74,7 +74,7 @@ def attention_backward_kernel(
     x,  # [outer, channels, inner]
     attention,  # [COUNT]
     grids,  # [COUNT, channels, 3]
-    grad_x,  # like x
+    grad_x,  # like x, or None: the parts of grad_attention are all that is wanted
     partial,  # [element_blocks, channels, COUNT, 4]: below, above, inside, and the part of grad_attention
     channels,
     elements,
@@ -108,7 +108,9 @@ def attention_backward_kernel(
             weighted = tl.sum(tl.where(inside, g * code, 0.0), axis=1, keep_dims=True)
             part = offset * total + step * weighted
         tl.store(row + 3, part, mask=rows)
-        if KINDS[k] == UNIFORM and STES[k] >= CLIP_STE:
+        if grad_x is None:
+            pass
+        elif KINDS[k] == UNIFORM and STES[k] >= CLIP_STE:
             v = (value - offset) * inverse
             slope = slope + tl.where((v >= 0.0) & (v <= LEVELS[k]), a, 0.0)
             store_sum(row, tl.where(v < 0.0, g, 0.0), rows)
@@ -124,7 +126,8 @@ def attention_backward_kernel(
             tl.store(row, tl.zeros_like(total), mask=rows)
             tl.store(row + 1, tl.zeros_like(total), mask=rows)
             tl.store(row + 2, tl.zeros_like(total), mask=rows)
-    store_rounded(grad_x + place, g * slope, inside)
+    if grad_x is not None:
+        store_rounded(grad_x + place, g * slope, inside)
 
 
 def _checked(
@@ -158,6 +161,7 @@ def attention_quantize(
     levels: Sequence[int],
     stes: Sequence[int],
     axis: int | None,
+    convex: bool = False,
 ) -> Tensor:
     """``quantkernels.ops.attention_quantize``."""
     op = "attention_quantize"
@@ -195,11 +199,45 @@ def attention_quantize_backward(
     x, attention, grids = _checked(op, x, attention, grids, kinds, levels, stes, axis)
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(attention), torch.zeros_like(grids)
-    grad = in_layout_of(grad, x)
+    grad_x = torch.empty_like(x)
+    sums = _sums(grad, x, attention, grids, grad_x, kinds, levels, stes, axis)
+    return grad_x, sums[:, :, 3].sum(0).float(), sums[:, :, :3].transpose(0, 1).float().contiguous()
+
+
+def attention_gradient(
+    grad: Tensor,
+    x: Tensor,
+    attention: Tensor,
+    grids: Tensor,
+    kinds: Sequence[int],
+    levels: Sequence[int],
+    axis: int | None,
+) -> Tensor:
+    """``quantkernels.ops.attention_gradient``."""
+    op, stes = "attention_gradient", [0] * len(kinds)
+    check_like(op, "grad", grad, x)
+    x, attention, grids = _checked(op, x, attention, grids, kinds, levels, stes, axis)
+    if x.numel() == 0:
+        return torch.zeros_like(attention)
+    return _sums(grad, x, attention, grids, None, kinds, levels, stes, axis)[:, :, 3].sum(0).float()
+
+
+def _sums(
+    grad: Tensor,
+    x: Tensor,
+    attention: Tensor,
+    grids: Tensor,
+    grad_x: Tensor | None,
+    kinds: Sequence[int],
+    levels: Sequence[int],
+    stes: Sequence[int],
+    axis: int | None,
+) -> Tensor:
+    """float64 [C, K, 4]; writes grad_x, without which only column 3 is filled."""
     tiles = tiles_of(x, axis)
-    grad_x, partial = torch.empty_like(x), tiles.partial(x, len(kinds), 4)
+    partial = tiles.partial(x, len(kinds), 4)
     attention_backward_kernel[tiles.launch](
-        grad,
+        in_layout_of(grad, x),
         x,
         attention,
         grids,
@@ -212,8 +250,11 @@ def attention_quantize_backward(
         **tiles.arguments,
         **EXACT,
     )
-    sums = partial.sum(0, dtype=torch.float64)
-    return grad_x, sums[:, :, 3].sum(0).float(), sums[:, :, :3].transpose(0, 1).float().contiguous()
+    return partial.sum(0, dtype=torch.float64)
 
 
-OPS = {"attention_quantize": attention_quantize, "attention_quantize_backward": attention_quantize_backward}
+OPS = {
+    "attention_quantize": attention_quantize,
+    "attention_quantize_backward": attention_quantize_backward,
+    "attention_gradient": attention_gradient,
+}

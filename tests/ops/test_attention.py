@@ -17,7 +17,7 @@ from quantkernels.testing import (
     lay_out,
 )
 
-pytestmark = pytest.mark.ops("attention_quantize", "attention_quantize_backward")
+pytestmark = pytest.mark.ops("attention_quantize", "attention_quantize_backward", "attention_gradient")
 INF = float("inf")
 
 
@@ -52,6 +52,9 @@ def test_backward(backend, problem):
     # Where terms come near the end of float32, or are not finite, a sum's value depends on its order.
     ordinary = magnitude < 1e30
     assert_sums_close(grad_attention.cpu()[ordinary], expected[1][ordinary], magnitude[ordinary], max(x.numel(), 1))
+    kinds, levels, _, axis = problem.quantizers
+    alone = backend.ops.attention_gradient(grad, x, attention, grids, kinds, levels, axis)
+    assert_sums_close(alone.cpu()[ordinary], expected[1][ordinary], magnitude[ordinary], max(x.numel(), 1))
 
 
 def attention_magnitude(
@@ -105,6 +108,25 @@ def test_autograd_agrees_with_the_reference(backend, stes, axis):
         torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stes", [(0, 0), (1, 0)])
+def test_a_convex_mixture_hands_the_gradient_on(backend, stes):
+    """Up to the rounding of the sum of its attention, the gradients are those without the promise."""
+    problem = AttentionProblem((Problem((6, 10), axis=0, levels=3), Problem((6, 10), axis=0, levels=15)))
+    x, _, grids = arguments(problem, backend.device)
+    attention, upstream = torch.tensor([0.3, 0.7], device=backend.device), problem.grad(backend.device)
+    kinds, levels, _, axis = problem.quantizers
+    grads = []
+    for convex in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, attention)]
+        with backend.chosen():
+            q = ops.attention_quantize(*leaves, grids, kinds, levels, stes, axis, convex)
+        grads.append(torch.autograd.grad(q, leaves, upstream))
+    for plain, convex in zip(*grads, strict=True):
+        torch.testing.assert_close(convex, plain)
+    if not any(stes):
+        assert_bit_equal(grads[1][0], upstream)
+
+
 def test_gradcheck_in_the_attention(backend):
     """q is linear in the attention, so its numeric derivative is exact up to rounding."""
     problem = AttentionProblem(
@@ -149,6 +171,9 @@ def test_opcheck(backend, problem):
     plain = [t.detach() for t in leaves]
     inputs = (problem.grad(backend.device), *plain, *problem.quantizers)
     opcheck(backend.ops.attention_quantize_backward.default, inputs)
+    kinds, levels, stes, axis = problem.quantizers
+    opcheck(backend.ops.attention_quantize.default, (*leaves, kinds, levels, [0] * len(stes), axis, True))
+    opcheck(backend.ops.attention_gradient.default, (inputs[0], *plain, kinds, levels, axis))
 
 
 COMPLAINTS = {

@@ -49,6 +49,8 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             gradient = {**several, "grad": x, "grad_x": x, "partial": FLOATS}
             constants = {**MIXTURE, "STES": (2, 0, 0, 0), **walk}
             yield "attention_backward" + ending, attention.attention_backward_kernel, gradient, constants
+            gradient, constants = {**several, "grad": x, "partial": FLOATS}, {**constants, "grad_x": None}
+            yield "attention_gradient" + ending, attention.attention_backward_kernel, gradient, constants
             sums = {"x": x, "partial": FLOATS, "threshold": FLOATS, "candidates": FLOATS}
             yield "stats" + ending, stats.channel_stats_kernel, sums, walk
             yield "mean" + ending, stats.conditional_abs_mean_kernel, sums, walk
