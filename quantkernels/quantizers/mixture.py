@@ -67,9 +67,9 @@ class Mixture(Quantizer):
         self.choice = -1
         self.learned = all(q.learned for q in members)
         self.needs_statistics = any(q.needs_statistics for q in members)
-        self._kinds = [q.kind for q in members]
+        self._kinds = [int(q.kind) for q in members]
         self._levels = [q.levels for q in members]
-        self._stes = [q.ste for q in members]
+        self._stes = [int(q.ste) for q in members]
         # The commonest mixture gets all its grids from the statistics in one go.
         self._all_minmax = all(type(q) is MinMax and not q.tracking for q in members)
         self.register_buffer("level_counts", level_tensor([max(n, 1) for n in self._levels]), persistent=False)
