@@ -16,8 +16,11 @@ from ._register import eager
 # own with the same schemas, so that one program can hold all of them against each other.
 NAMESPACES = {"native": "quantkernels", "triton": "quantkernels_triton", "emu": "quantkernels_emu"}
 
-# What to import for a namespace that is not always there.
-_MODULES = {"triton": "quantkernels.triton", "emu": "quantkernels.emu"}
+# For a namespace that is not always there: the module that registers it, and what it needs.
+_MODULES = {
+    "triton": ("quantkernels.triton", "the package triton"),
+    "emu": ("quantkernels.emu", "the emulator of the CUDA kernels"),
+}
 
 _current = "native"
 
@@ -26,10 +29,11 @@ def _require(name: str) -> None:
     if name not in NAMESPACES:
         raise ValueError(f"quantkernels.backend: name must be one of {', '.join(NAMESPACES)}, got {name!r}")
     if name in _MODULES:
+        module, need = _MODULES[name]
         try:
-            importlib.import_module(_MODULES[name])
+            importlib.import_module(module)
         except ImportError as error:
-            raise RuntimeError(f"quantkernels.backend: the {name} backend cannot be loaded: {error}") from error
+            raise RuntimeError(f"quantkernels.backend: the {name} backend needs {need}: {error}") from error
 
 
 class _Choice(contextlib.AbstractContextManager[str]):
