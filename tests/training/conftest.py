@@ -13,6 +13,15 @@ from training.config import from_tables
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small gain nothing from a second thread, and lose much where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def tables():
     """Tables of a float run on digits: 3 epochs of 11 steps, a checkpoint every 4 steps."""
