@@ -2,6 +2,8 @@
 #   make demo            train, pack and run 2-bit networks on digits; a table and demo-report/report.html
 #   make test            the quick test suite        make test-training   the slow one
 #   make lint            ruff, clang-format, mypy    make bench           measure, and render the README's table
+#   make cuda-check      compile every CUDA kernel for every target: registers, spills, SASS (needs nvcc, no GPU)
+#   make emu-sanitize    the CUDA kernels in the emulator, under AddressSanitizer and UBSan
 #   make native          compile into quantkernels/_lib with $(PYTHON), no .venv
 # TORCH_INDEX: another package index for torch alone (for instance PyTorch's own index of CPU builds).
 
@@ -51,10 +53,16 @@ format: $(VENV)/requirements.stamp
 	$(RUN) ruff format --quiet .
 	$(RUN) clang-format -i $(CXX_FILES)
 
+cuda-check: $(VENV)/requirements.stamp
+	$(PY) tests/cuda_gate.py
+
+emu-sanitize: build
+	$(RUN) $(PY) tests/emu/sanitize.py
+
 native:
 	$(PYTHON) setup.py build_ext --inplace
 
 clean:
 	rm -rf build dist *.egg-info quantkernels/_lib/*.so demo-report
 
-.PHONY: build demo test test-training bench lint format native clean
+.PHONY: build demo test test-training bench lint format cuda-check emu-sanitize native clean

@@ -6,8 +6,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/args.h"
+#include "cuda/ptx/store.cuh"
 
 namespace qk::cuda {
 
@@ -62,7 +64,11 @@ __device__ __forceinline__ Pack<T, kSize> load_pack(const T* p, int lo, int hi) 
 
 template <class T, int kSize, bool kWhole>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, kSize>& pack, int lo, int hi) {
-  if constexpr (kWhole) {
+  if constexpr (kWhole && sizeof(pack) == sizeof(uint4)) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof bits);
+    ptx::store_16(p, bits);
+  } else if constexpr (kWhole) {
     *reinterpret_cast<Pack<T, kSize>*>(p) = pack;
   } else {
 #pragma unroll
