@@ -83,17 +83,17 @@ struct Forward : Members<kMix, kCount, true> {
   using Base = Members<kMix, kCount, true>;
   static constexpr int kSums = 0;
   const T* x;
-  T* out;
+  Results<T> out;
 
-  explicit Forward(const AttentionArgs& args)
-      : Base(args), x(static_cast<const T*>(args.x)), out(static_cast<T*>(args.out)) {}
+  Forward(const AttentionArgs& args, const Walk& walk)
+      : Base(args), x(static_cast<const T*>(args.x)), out(args.out, args.layout, walk) {}
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const typename Base::Params& p, Vec*) const {
     const Vec value = load(x + i, lanes), shared = Base::shared(value, p);
     Vec q = p.base;
     for (int k = 0; k < this->size(); ++k) q = q + p.weight[k] * this->code(k, value, shared, p);
-    store(out + i, q, lanes);
+    out.put(i, q, lanes);
   }
 };
 
@@ -107,15 +107,15 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
   static constexpr int kSums = 1 + kSize * (1 + kRangeSums);
   const T* grad;
   const T* x;
-  T* out;
+  Results<T> out;
   Vec slope;            // without clips the same for every element
   Mask passing[kSize];  // all lanes for members whose estimator passes every gradient
 
-  explicit Backward(const AttentionArgs& args)
+  Backward(const AttentionArgs& args, const Walk& walk)
       : Base(args),
         grad(static_cast<const T*>(args.grad)),
         x(static_cast<const T*>(args.x)),
-        out(static_cast<T*>(args.out)),
+        out(args.out, args.layout, walk),
         slope(splat(0.0f)) {
     for (int k = 0; k < this->size(); ++k) {
       slope = slope + this->attention[k];
@@ -134,7 +134,7 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
       if constexpr (kSte != Ste::kIdentity)
         passed = add_where(passed, clip(k, g, shared, code, p, sums + 1 + kSize + kRangeSums * k), this->attention[k]);
     }
-    if constexpr (kStores) store(out + i, g * passed, lanes);
+    if constexpr (kStores) out.put(i, g * passed, lanes);
   }
 
  private:
@@ -223,7 +223,7 @@ void attention_quantize_forward(const AttentionArgs& args) {
   const Walk walk = walk_of(args.layout);
   const ChannelTable table = members_table(args, walk);
   with_type(args.dtype, [&]<class T>(T*) {
-    with_members(args, [&]<Mix kMix, int kCount>() { traverse(args.layout, walk, table, Forward<kMix, kCount, T>(args)); });
+    with_members(args, [&]<Mix kMix, int kCount>() { traverse(args.layout, walk, table, Forward<kMix, kCount, T>(args, walk)); });
   });
 }
 
@@ -235,7 +235,7 @@ void attention_quantize_backward(const AttentionArgs& args) {
     with_members(args, [&]<Mix kMix, int kCount>() {
       const auto run = [&]<Ste kSte, bool kStores = true>() {
         using Op = Backward<kMix, kCount, kSte, kStores, T>;
-        finish_backward(args, traverse(args.layout, walk, table, Op(args)), Op::kSize, Op::kRangeSums);
+        finish_backward(args, traverse(args.layout, walk, table, Op(args, walk)), Op::kSize, Op::kRangeSums);
       };
       if (!args.out) return run.template operator()<Ste::kIdentity, false>();
       switch (most) {

@@ -11,7 +11,7 @@ template <Kind kKind, class T>
 struct Forward {
   static constexpr int kSums = 0;
   const T* x;
-  T* out;
+  Results<T> out;
   Vec levels;
 
   template <class Field>
@@ -19,7 +19,7 @@ struct Forward {
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
-    store(out + i, grid.offset + grid.step * code_of<kKind>(load(x + i, lanes), grid, levels), lanes);
+    out.put(i, grid.offset + grid.step * code_of<kKind>(load(x + i, lanes), grid, levels), lanes);
   }
 };
 
@@ -28,7 +28,7 @@ struct Backward {
   static constexpr int kSums = kSte == Ste::kFull ? 3 : kSte == Ste::kClip ? 2 : 0;  // below, above, inside
   const T* grad;
   const T* x;
-  T* out;
+  Results<T> out;
   Vec levels;
 
   template <class Field>
@@ -37,7 +37,7 @@ struct Backward {
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec* sums) const {
     const Vec g = load(grad + i, lanes), zero = splat(0.0f);
-    if constexpr (kSte == Ste::kIdentity) return store(out + i, g, lanes);
+    if constexpr (kSte == Ste::kIdentity) return out.put(i, g, lanes);
     const Vec position = position_of(load(x + i, lanes), grid);
     sums[0] = add_where(sums[0], less(position, zero), g);
     sums[1] = add_where(sums[1], less_equal(levels, position), g);
@@ -46,7 +46,7 @@ struct Backward {
       const Vec clamped = clamp_code(position, levels);
       sums[2] = multiply_add(g, round_to_even(clamped) - clamped, sums[2]);
     }
-    store(out + i, keep(both(less_equal(zero, position), less_equal(position, levels)), g), lanes);
+    out.put(i, keep(both(less_equal(zero, position), less_equal(position, levels)), g), lanes);
   }
 };
 
@@ -58,7 +58,8 @@ void fake_quantize_forward(const FakeQuantizeArgs& args) {
   const Vec levels = splat(static_cast<float>(args.levels));
   with_type(args.dtype, [&]<class T>(T*) {
     with_kind(args.kind, [&]<Kind kKind>() {
-      traverse(args.layout, walk, table, Forward<kKind, T>{static_cast<const T*>(args.x), static_cast<T*>(args.out), levels});
+      traverse(args.layout, walk, table,
+               Forward<kKind, T>{static_cast<const T*>(args.x), Results<T>(args.out, args.layout, walk), levels});
     });
   });
 }
@@ -72,7 +73,7 @@ void fake_quantize_backward(const FakeQuantizeArgs& args) {
       using Op = Backward<kSte, T>;
       const std::vector<double> totals =
           traverse(args.layout, walk, table, Op{static_cast<const T*>(args.grad), static_cast<const T*>(args.x),
-                                                static_cast<T*>(args.out), levels});
+                                                Results<T>(args.out, args.layout, walk), levels});
       for (int64_t c = 0; c < args.layout.channels; ++c)
         for (int s = 0; s < 3; ++s)
           args.sums[c * 3 + s] = s < Op::kSums ? static_cast<float>(totals[s * args.layout.channels + c]) : 0.0f;

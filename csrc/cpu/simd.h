@@ -57,7 +57,12 @@ inline Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
-inline Vec from_bfloat16(__m256i b) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16))}; }
+// A word permutation puts word i into the upper half of lane i.
+inline Vec from_bfloat16(__m256i b) {
+  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1,
+                                         0, 0, 0);
+  return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, upper, _mm512_castsi256_si512(b)))};
+}
 inline Vec load(const BFloat16* p) { return from_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
 inline Vec load(const Half* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
@@ -78,6 +83,11 @@ inline __m256i to_bfloat16(Vec a) {
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(Half* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(a)); }
 inline void store(BFloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(a)); }
+// Past the caches; p is aligned to the size of what is stored.
+inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+inline void stream(Half* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_half(a)); }
+inline void stream(BFloat16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(a)); }
+inline void finish_streams() { _mm_sfence(); }
 inline void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
 inline void store(Half* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_half(a)); }
 inline void store(BFloat16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bfloat16(a)); }
@@ -147,19 +157,23 @@ inline Vec load(const BFloat16* p) {
   return {_mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
 }
-inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
-inline void store(Half* p, Vec a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-inline void store(BFloat16* p, Vec a) {
+inline __m128i to_half(Vec a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline __m128i to_bfloat16(Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  return _mm256_castsi256_si128(packed);
 }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store(Half* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_half(a)); }
+inline void store(BFloat16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bfloat16(a)); }
+inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+inline void stream(Half* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_half(a)); }
+inline void stream(BFloat16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bfloat16(a)); }
+inline void finish_streams() { _mm_sfence(); }
 // The integer indefinite that a NaN becomes saturates to 0 on its way to a byte.
 inline void store_codes(uint8_t* p, Vec a) {
   const __m256i codes = _mm256_cvtps_epi32(a.v);
@@ -279,6 +293,9 @@ template <class T>
 inline void store(T* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) from_float(a.v[i], p + i);
 }
+template <class T>
+inline void stream(T* p, Vec a) { store(p, a); }
+inline void finish_streams() {}
 inline void store_codes(uint8_t* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) p[i] = a.v[i] == a.v[i] ? static_cast<uint8_t>(qk::round_to_even(a.v[i])) : 0;
 }

@@ -27,9 +27,10 @@ inline constexpr int64_t kMinRun = 32;       // shorter runs go by columns,
 inline constexpr int64_t kMinRows = 8;       // unless too few rows share the tables: then a run of
 inline constexpr int64_t kShortRun = 4;      // this length is better off with a partial vector
 inline constexpr int64_t kPiece = 1 << 14;   // elements a task takes at a time: its tensors stay in L2
-inline constexpr int64_t kRowBlock = 8;      // rows that share one load of the column tables
+inline constexpr int64_t kRowBlock = 4;      // rows that share one load of the column tables
 inline constexpr int64_t kMaxBlocks = 64;    // column blocks of a reduction, each with partial sums of its own
 inline constexpr int64_t kMaxBlockRows = 4096;  // so that a float32 partial sum stays accurate
+inline constexpr int64_t kStreamBytes = 8 << 20;  // results of this size leave the caches before they are read again
 
 struct Walk {
   bool by_columns;
@@ -57,6 +58,29 @@ inline Walk walk_of(const Layout& layout) {
   walk.pieces = (walk.rows + walk.piece - 1) / walk.piece;
   return walk;
 }
+
+// Where an op writes its results. Those that would not stay in the cache until their reader comes are streamed past it: the
+// lines need not be read first, and what is in the cache stays there.
+template <class T>
+struct Results {
+  T* data;
+  bool streams;
+
+  Results(void* out, const Layout& layout, const Walk& walk)
+      : data(static_cast<T*>(out)),
+        streams(layout.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
+                reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0 &&
+                (walk.rows == 1 || (walk.by_columns ? walk.period : layout.inner) % kLanes == 0)) {}
+
+  void put(int64_t i, Vec v, Whole) const {
+    if (streams) {
+      stream(data + i, v);
+    } else {
+      store(data + i, v);
+    }
+  }
+  void put(int64_t i, Vec v, First lanes) const { store(data + i, v, lanes); }
+};
 
 // Parameters of the channels, a field a row: one entry a channel for runs, one entry a column for columns.
 class ChannelTable {
@@ -170,40 +194,85 @@ void traverse_runs(const Layout& layout, const Walk& walk, const ChannelTable& t
       const int64_t i = row * layout.inner + start;
       run_piece(op, params, i, i + std::min(walk.piece, layout.inner - start), partial.data() + unit * Op::kSums);
     }
+    finish_streams();
   });
-  for (int64_t unit = 0; unit < (Op::kSums ? units : 0); ++unit)
-    for (int s = 0; s < Op::kSums; ++s) {
-      double& total = totals[s * layout.channels + unit / walk.pieces % layout.channels];
-      total = merge(combine_of<Op>(s), total, partial[unit * Op::kSums + s]);
+  if constexpr (Op::kSums > 0) {
+    const float* from = partial.data();
+    for (int64_t outer = 0; outer < layout.outer; ++outer)
+      for (int64_t c = 0; c < layout.channels; ++c)
+        for (int64_t piece = 0; piece < walk.pieces; ++piece, from += Op::kSums)
+          unrolled<Op::kSums>([&](int s) {
+            double& total = totals[s * layout.channels + c];
+            total = merge(combine_of<Op>(s), total, from[s]);
+          });
+  }
+}
+
+// totals of one accumulator, [channels], from those of each column in each block, `block_stride` apart. No division and no
+// choice inside: this runs on one thread.
+template <Combine kHow>
+inline void combine_columns(const Layout& layout, const Walk& walk, const float* partial, int64_t block_stride, double* totals) {
+  std::vector<double> columns(partial, partial + walk.period);
+  for (int64_t block = 1; block < walk.pieces; ++block)
+    for (int64_t column = 0; column < walk.period; ++column)
+      columns[column] = merge(kHow, columns[column], partial[block * block_stride + column]);
+  for (int64_t column = 0; column < walk.period;)
+    for (int64_t c = 0; c < layout.channels; ++c)
+      for (int64_t i = 0; i < layout.inner; ++i) totals[c] = merge(kHow, totals[c], columns[column++]);
+}
+
+// kRows whole rows from `row` on, the columns [0, end) in whole vectors: one load of parameters and accumulators serves them
+// all. Few rows, because of the caches: rows often lie a power of two apart.
+template <int kRows, class Op>
+inline void run_rows(const Walk& walk, const ChannelTable& table, const Op& op, int64_t row, int64_t end, float* partial,
+                     int64_t stride) {
+  for (int64_t column = 0; column < end; column += kLanes) {
+    const auto params = op.params([&](int field) { return table.of_columns(field, column); });
+    Vec sums[Op::kSums + 1];
+    unrolled<Op::kSums>([&](int s) { sums[s] = load(partial + s * stride + column); });
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) op((row + r) * walk.period + column, Whole{}, params, sums);
+    unrolled<Op::kSums>([&](int s) { store(partial + s * stride + column, sums[s]); });
+  }
+}
+
+// The columns from `first_column` on, whatever their number, of rows that need not be whole.
+template <class Op>
+inline void run_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t first_row,
+                        int64_t last_row, int64_t first_column, float* partial, int64_t stride) {
+  for (int64_t column = first_column; column < walk.period; column += kLanes) {
+    const auto params = op.params([&](int field) { return table.of_columns(field, column); });
+    const int64_t width = std::min<int64_t>(kLanes, walk.period - column);
+    Vec sums[Op::kSums + 1];
+    unrolled<Op::kSums>([&](int s) { sums[s] = load(partial + s * stride + column); });
+    for (int64_t row = first_row; row < last_row; ++row) {
+      const int64_t i = row * walk.period + column, n = std::min(width, layout.numel() - i);
+      if (n == kLanes) {
+        op(i, Whole{}, params, sums);
+      } else if (n > 0) {
+        apply_first(op, i, static_cast<int>(n), params, sums);
+      }
     }
+    unrolled<Op::kSums>([&](int s) { store(partial + s * stride + column, sums[s]); });
+  }
 }
 
 // partial: [kSums][stride], a column each.
 template <class Op>
 inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t first_row,
                       int64_t last_row, float* partial, int64_t stride) {
-  const int64_t numel = layout.numel();
-  for (int64_t row = first_row; row < last_row; row += kRowBlock) {
-    for (int64_t column = 0; column < walk.period; column += kLanes) {
-      const auto params = op.params([&](int field) { return table.of_columns(field, column); });
-      Vec sums[Op::kSums + 1];
-      if (row == first_row) {
-        reset_sums<Op>(sums);
-      } else {
-        unrolled<Op::kSums>([&](int s) { sums[s] = load(partial + s * stride + column); });
-      }
-      const int64_t width = std::min<int64_t>(kLanes, walk.period - column);
-      for (int64_t r = row; r < std::min(row + kRowBlock, last_row); ++r) {
-        const int64_t i = r * walk.period + column, n = std::min(width, numel - i);
-        if (n == kLanes) {
-          op(i, Whole{}, params, sums);
-        } else if (n > 0) {
-          apply_first(op, i, static_cast<int>(n), params, sums);
-        }
-      }
-      unrolled<Op::kSums>([&](int s) { store(partial + s * stride + column, sums[s]); });
-    }
+  Vec empty[Op::kSums + 1];
+  reset_sums<Op>(empty);
+  for (int64_t column = 0; column < walk.period; column += kLanes)
+    unrolled<Op::kSums>([&](int s) { store(partial + s * stride + column, empty[s]); });
+  const int64_t numel = layout.numel(), whole = walk.period / kLanes * kLanes;
+  const int64_t whole_rows = std::min(last_row, numel / walk.period);
+  int64_t row = first_row;
+  for (; row + kRowBlock <= whole_rows; row += kRowBlock) {
+    run_rows<kRowBlock>(walk, table, op, row, whole, partial, stride);
+    if (whole < walk.period) run_columns(layout, walk, table, op, row, row + kRowBlock, whole, partial, stride);
   }
+  if (row < last_row) run_columns(layout, walk, table, op, row, last_row, 0, partial, stride);
 }
 
 template <class Op>
@@ -214,18 +283,14 @@ void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable
     for (int64_t block = begin; block < end; ++block)
       run_block(layout, walk, table, op, block * walk.piece, std::min((block + 1) * walk.piece, walk.rows),
                 partial.data() + block * Op::kSums * stride, stride);
+    finish_streams();
   });
   for (int s = 0; s < Op::kSums; ++s) {
-    std::vector<double> columns(walk.period);
-    for (int64_t block = 0; block < walk.pieces; ++block) {
-      const float* const from = partial.data() + (block * Op::kSums + s) * stride;
-      for (int64_t column = 0; column < walk.period; ++column)
-        columns[column] = block ? merge(combine_of<Op>(s), columns[column], from[column]) : from[column];
-    }
-    for (int64_t column = 0; column < walk.period; ++column) {
-      double& total = totals[s * layout.channels + column / layout.inner % layout.channels];
-      total = merge(combine_of<Op>(s), total, columns[column]);
-    }
+    const Combine how = combine_of<Op>(s);
+    const auto combine = how == Combine::kSum   ? combine_columns<Combine::kSum>
+                         : how == Combine::kMin ? combine_columns<Combine::kMin>
+                                                : combine_columns<Combine::kMax>;
+    combine(layout, walk, partial.data() + s * stride, Op::kSums * stride, totals + s * layout.channels);
   }
 }
 

@@ -94,6 +94,23 @@ def test_identity_ste_passes_the_gradient_and_gives_the_grid_none(backend, kind,
     assert grad_grid is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows, columns, axis", [(4099, 513, None), (66, 1 << 15, 0), (4099, 512, 1), (4111, 511, 1)])
+def test_results_past_the_cache_are_those_of_their_parts(dtype, rows, columns, axis):
+    """The native kernels of the CPU write results of 8 MiB and more by other instructions."""
+    rows = rows * 4 // dtype.itemsize
+    problem = Problem((rows, columns), dtype, axis=axis, levels=15, ste=Ste.CLIP)
+    kernels, grid, (grad, x) = torch.ops.quantkernels, problem.grid(), (problem.grad(), problem.x())
+    grids = grid.chunk(4) if axis == 0 else (grid,) * 4
+    assert x.nbytes >= 8 << 20
+    q = kernels.fake_quantize(x, grid, *problem.quantizer)
+    grad_x = kernels.fake_quantize_backward(grad, x, grid, *problem.quantizer)[0]
+    for i, (part, own) in enumerate(zip(x.chunk(4), grids, strict=True)):
+        assert_bit_equal(q.chunk(4)[i], kernels.fake_quantize(part, own, *problem.quantizer))
+        alone = kernels.fake_quantize_backward(grad.chunk(4)[i], part, own, *problem.quantizer)[0]
+        assert_bit_equal(grad_x.chunk(4)[i], alone)
+
+
 @pytest.mark.parametrize("axis, layout", [(None, "contiguous"), (1, "contiguous"), (1, "channels_last")])
 def test_sums_have_the_same_bits_on_every_run(backend, axis, layout):
     shape = (3, 48, 10, 11) if backend.emulated else (4, 48, 80, 81)
