@@ -21,7 +21,8 @@ QK_HOST_DEVICE float data_term(float dot, float activations, float activation_st
 }
 
 // oa*(sw*SW + ow*V): known once the weights and the window are.
-QK_HOST_DEVICE float window_term(float weights, float taps, float activation_offset, float weight_step, float weight_offset) {
+QK_HOST_DEVICE float window_term(float weights, float taps, float activation_offset, float weight_step,
+                                 float weight_offset) {
   return activation_offset * (weight_step * weights + weight_offset * taps);
 }
 

@@ -59,17 +59,17 @@ struct FakeQuantizeArgs {
 struct AttentionArgs {
   Layout layout;
   DType dtype;
-  int64_t count;                 // K quantizers
-  Kind kinds[kMaxQuantizers];    // [K]
-  Ste stes[kMaxQuantizers];      // [K]
+  int64_t count;                   // K quantizers
+  Kind kinds[kMaxQuantizers];      // [K]
+  Ste stes[kMaxQuantizers];        // [K]
   int64_t levels[kMaxQuantizers];  // [K]
-  const float* attention;        // [K]
-  const float* grids;            // [K, channels, 3]
-  const void* x;                 // [outer, channels, inner]
-  const void* grad;              // like x; backward only
-  void* out;                     // like x: q, or grad_x in the backward pass; null: grad_attention is all that is wanted
-  float* grad_attention;         // [K]; backward only
-  float* sums;                   // [K, channels, 3]: below, above, inside; backward only, null where out is
+  const float* attention;          // [K]
+  const float* grids;              // [K, channels, 3]
+  const void* x;                   // [outer, channels, inner]
+  const void* grad;                // like x; backward only
+  void* out;                       // like x: q, or grad_x in the backward pass; null: grad_attention is all that is wanted
+  float* grad_attention;           // [K]; backward only
+  float* sums;                     // [K, channels, 3]: below, above, inside; backward only, null where out is
 };
 
 struct EncodeArgs {
@@ -111,10 +111,10 @@ struct QuantizePackArgs {
   Kind kind;
   int64_t levels;
   int bits;
-  bool per_row;        // grid has one row a row of x, else one for all
-  const float* grid;   // [rows or 1, 3]
-  const void* x;       // [rows, columns]
-  int32_t* planes;     // [bits, rows, words]
+  bool per_row;         // grid has one row a row of x, else one for all
+  const float* grid;    // [rows or 1, 3]
+  const void* x;        // [rows, columns]
+  int32_t* planes;      // [bits, rows, words]
   int32_t* plane_sums;  // [bits, rows]: ones in each row of each plane
 };
 

@@ -14,6 +14,8 @@ QK_HOST_DEVICE int64_t words_of(int64_t columns) { return (columns + kWordBits -
 QK_HOST_DEVICE int digits_of(Kind kind, int code) { return kind == Kind::kTernary ? code | code >> 1 : code; }
 
 // The digit that plane p shows. Ternary: plane 0 is code >= 1, plane 1 is code >= 2.
-QK_HOST_DEVICE int digit_of_plane(Kind kind, int bits, int plane) { return kind == Kind::kTernary ? plane : bits - 1 - plane; }
+QK_HOST_DEVICE int digit_of_plane(Kind kind, int bits, int plane) {
+  return kind == Kind::kTernary ? plane : bits - 1 - plane;
+}
 
 }  // namespace qk

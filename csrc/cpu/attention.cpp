@@ -138,14 +138,13 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
   }
 
  private:
-  // Where the straight-through estimator of member k lets the gradient pass. Sums that member k has no use for are added, too:
-  // a branch here would keep all of them out of registers.
+  // Where the straight-through estimator of member k lets the gradient pass. Sums that member k has no use for are added,
+  // too: a branch here would keep all of them out of registers.
   Mask clip(int k, Vec g, Vec shared, Vec code, const typename Base::Params& p, Vec* sums) const {
     const Vec zero = splat(0.0f), levels = this->levels[k], position = this->position(k, shared, p);
     sums[0] = add_where(sums[0], less(position, zero), g);
     sums[1] = add_where(sums[1], less_equal(levels, position), g);
-    if constexpr (kSte == Ste::kFull)
-      sums[2] = multiply_add(g, code - clamp_code(position, levels), sums[2]);
+    if constexpr (kSte == Ste::kFull) sums[2] = multiply_add(g, code - clamp_code(position, levels), sums[2]);
     return either(passing[k], both(less_equal(zero, position), less_equal(position, levels)));
   }
 };
@@ -186,15 +185,21 @@ template <class F>
 void with_members(const AttentionArgs& args, const F& f) {
   const auto with_count = [&]<Mix kMix>() {
     switch (args.count) {
-      case 2: return f.template operator()<kMix, 2>();
-      case 3: return f.template operator()<kMix, 3>();
-      default: return f.template operator()<kMix, 0>();
+      case 2:
+        return f.template operator()<kMix, 2>();
+      case 3:
+        return f.template operator()<kMix, 3>();
+      default:
+        return f.template operator()<kMix, 0>();
     }
   };
   switch (mix_of(args)) {
-    case Mix::kSharedOffset: return with_count.template operator()<Mix::kSharedOffset>();
-    case Mix::kUniform: return with_count.template operator()<Mix::kUniform>();
-    case Mix::kAny: return with_count.template operator()<Mix::kAny>();
+    case Mix::kSharedOffset:
+      return with_count.template operator()<Mix::kSharedOffset>();
+    case Mix::kUniform:
+      return with_count.template operator()<Mix::kUniform>();
+    case Mix::kAny:
+      return with_count.template operator()<Mix::kAny>();
   }
 }
 
@@ -223,7 +228,8 @@ void attention_quantize_forward(const AttentionArgs& args) {
   const Walk walk = walk_of(args.layout);
   const ChannelTable table = members_table(args, walk);
   with_type(args.dtype, [&]<class T>(T*) {
-    with_members(args, [&]<Mix kMix, int kCount>() { traverse(args.layout, walk, table, Forward<kMix, kCount, T>(args, walk)); });
+    with_members(args,
+                 [&]<Mix kMix, int kCount>() { traverse(args.layout, walk, table, Forward<kMix, kCount, T>(args, walk)); });
   });
 }
 
@@ -239,9 +245,12 @@ void attention_quantize_backward(const AttentionArgs& args) {
       };
       if (!args.out) return run.template operator()<Ste::kIdentity, false>();
       switch (most) {
-        case Ste::kIdentity: return run.template operator()<Ste::kIdentity>();
-        case Ste::kClip: return run.template operator()<Ste::kClip>();
-        case Ste::kFull: return run.template operator()<Ste::kFull>();
+        case Ste::kIdentity:
+          return run.template operator()<Ste::kIdentity>();
+        case Ste::kClip:
+          return run.template operator()<Ste::kClip>();
+        case Ste::kFull:
+          return run.template operator()<Ste::kFull>();
       }
     });
   });

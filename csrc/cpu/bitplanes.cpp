@@ -11,7 +11,7 @@
 namespace qk::cpu::QK_CPU_ISA {
 namespace {
 
-inline constexpr int64_t kChunk = 2048;              // codes between encoding and packing: they stay in L1
+inline constexpr int64_t kChunk = 2048;  // codes between encoding and packing: they stay in L1
 inline constexpr int64_t kGrainCodes = 1 << 15;
 static_assert(std::endian::native == std::endian::little, "a 64-bit word is stored as two 32-bit ones");
 
@@ -23,7 +23,9 @@ struct Encode {
   Vec levels;
 
   template <class Field>
-  GridVec params(Field field) const { return grid_params(field); }
+  GridVec params(Field field) const {
+    return grid_params(field);
+  }
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
@@ -40,7 +42,8 @@ struct Encode {
 // codes: at most a chunk of one row; planes: their words in plane 0, other planes `plane_stride` words on. Adds the ones to
 // counts[bits]. The words are collected first: planes often lie a power of two apart, and writing them in turns would throw
 // each other's lines out of the cache.
-void pack_codes(const uint8_t* codes, int64_t n, Kind kind, int bits, int32_t* planes, int64_t plane_stride, int32_t* counts) {
+void pack_codes(const uint8_t* codes, int64_t n, Kind kind, int bits, int32_t* planes, int64_t plane_stride,
+                int32_t* counts) {
   Word words[kMaxBits][kChunk / kBytes];
   const int64_t groups = (n + kBytes - 1) / kBytes;
   for (int64_t group = 0; group < groups; ++group) {
@@ -131,9 +134,8 @@ void quantize_pack(const QuantizePackArgs& args) {
   std::fill_n(args.plane_sums, args.bits * args.rows, 0);
   with_type(args.dtype, [&]<class T>(T*) {
     with_kind(args.kind, [&]<Kind kKind>() {
-      for_each_chunk(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
-        quantize_pack_chunk<kKind, T>(args, row, begin, n);
-      });
+      for_each_chunk(args.rows, args.columns,
+                     [&](int64_t row, int64_t begin, int64_t n) { quantize_pack_chunk<kKind, T>(args, row, begin, n); });
     });
   });
 }

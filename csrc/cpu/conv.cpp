@@ -100,7 +100,13 @@ class Depthwise {
  public:
   Depthwise(const LowbitArgs& args, const Plan& plan, const Window& window, const uint8_t* codes, const Weights& weights,
             const Epilogue& epilogue)
-      : g_(args.geometry), plan_(plan), window_(window), codes_(codes), weights_(weights), epilogue_(epilogue), output_(args) {}
+      : g_(args.geometry),
+        plan_(plan),
+        window_(window),
+        codes_(codes),
+        weights_(weights),
+        epilogue_(epilogue),
+        output_(args) {}
 
   void run() const {
     const int64_t pixels = g_.batch * g_.out_height * g_.out_width, blocks = (pixels + kPixels - 1) / kPixels;
@@ -186,7 +192,8 @@ void lowbit_conv2d(const LowbitArgs& args) {
     case Path::kPatches:
       return run_gemm(args, plan, weights, epilogue,
                       PatchSource{g, plan, window, codes.data, g.groups == 1 && g.dilation_width == 1});
-    case Path::kDepthwise: return Depthwise(args, plan, window, codes.data, weights, epilogue).run();
+    case Path::kDepthwise:
+      return Depthwise(args, plan, window, codes.data, weights, epilogue).run();
   }
 }
 

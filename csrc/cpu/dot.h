@@ -1,6 +1,6 @@
 #pragma once
-// The integer dot products that every low-bit product is made of: a tile of R rows of activation codes by V vectors of output
-// channels, kept in registers, exact in int32 for up to kMaxDepth terms.
+// The integer dot products that every low-bit product is made of: a tile of R rows of activation codes by V vectors of
+// output channels, kept in registers, exact in int32 for up to kMaxDepth terms.
 //
 // Every loop over the tile is unrolled by hand-written pragmas: one that is not would keep the sums in memory.
 //
@@ -86,8 +86,7 @@ void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps,
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + (r * V + v) * kLanes), sums[r][v]);
+    for (int v = 0; v < V; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + (r * V + v) * kLanes), sums[r][v]);
 }
 #else
 template <int R, int V>
@@ -137,10 +136,11 @@ struct Tap {
   int64_t code, weight;
 };
 
-// dots[V * kLanes] = sum over taps of code * weight, channel by channel, and sums the codes alone. Weights are codes, too, one
-// in each 32-bit lane. Codes are read in whole vectors. `first`, where the window begins, may lie outside the image.
+// dots[V * kLanes] = sum over taps of code * weight, channel by channel, and sums the codes alone. Weights are codes, too,
+// one in each 32-bit lane. Codes are read in whole vectors. `first`, where the window begins, may lie outside the image.
 template <int V>
-void dot_taps(const uint8_t* codes, int64_t first, const int32_t* weights, const Tap* taps, int64_t count, int32_t* dots, int32_t* sums) {
+void dot_taps(const uint8_t* codes, int64_t first, const int32_t* weights, const Tap* taps, int64_t count, int32_t* dots,
+              int32_t* sums) {
 #if defined(__AVX512F__)
   __m512i dot[V], sum[V];
 #pragma GCC unroll 4

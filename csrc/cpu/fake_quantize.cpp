@@ -15,7 +15,9 @@ struct Forward {
   Vec levels;
 
   template <class Field>
-  GridVec params(Field field) const { return grid_params(field); }
+  GridVec params(Field field) const {
+    return grid_params(field);
+  }
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
@@ -32,7 +34,9 @@ struct Backward {
   Vec levels;
 
   template <class Field>
-  GridVec params(Field field) const { return grid_params(field); }
+  GridVec params(Field field) const {
+    return grid_params(field);
+  }
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec* sums) const {
@@ -71,17 +75,20 @@ void fake_quantize_backward(const FakeQuantizeArgs& args) {
   with_type(args.dtype, [&]<class T>(T*) {
     const auto run = [&]<Ste kSte>() {
       using Op = Backward<kSte, T>;
-      const std::vector<double> totals =
-          traverse(args.layout, walk, table, Op{static_cast<const T*>(args.grad), static_cast<const T*>(args.x),
-                                                Results<T>(args.out, args.layout, walk), levels});
+      const std::vector<double> totals = traverse(args.layout, walk, table,
+                                                  Op{static_cast<const T*>(args.grad), static_cast<const T*>(args.x),
+                                                     Results<T>(args.out, args.layout, walk), levels});
       for (int64_t c = 0; c < args.layout.channels; ++c)
         for (int s = 0; s < 3; ++s)
           args.sums[c * 3 + s] = s < Op::kSums ? static_cast<float>(totals[s * args.layout.channels + c]) : 0.0f;
     };
     switch (args.ste) {
-      case Ste::kIdentity: return run.template operator()<Ste::kIdentity>();
-      case Ste::kClip: return run.template operator()<Ste::kClip>();
-      case Ste::kFull: return run.template operator()<Ste::kFull>();
+      case Ste::kIdentity:
+        return run.template operator()<Ste::kIdentity>();
+      case Ste::kClip:
+        return run.template operator()<Ste::kClip>();
+      case Ste::kFull:
+        return run.template operator()<Ste::kFull>();
     }
   });
 }

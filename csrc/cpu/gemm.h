@@ -1,8 +1,8 @@
 #pragma once
 // Rows of activation codes times panels of weights, from the codes to the finished output.
 //
-// A Source provides the rows: fill(first pixel, pixels, group, Rows&) sets rows.row[i] to plan.steps() * kDepth readable codes.
-// What is read past K meets weights of zero.
+// A Source provides the rows: fill(first pixel, pixels, group, Rows&) sets rows.row[i] to plan.steps() * kDepth readable
+// codes. What is read past K meets weights of zero.
 
 #include <algorithm>
 
@@ -13,7 +13,9 @@ namespace qk::cpu::QK_CPU_ISA {
 
 struct Rows {
   explicit Rows(const Plan& plan, bool gathered)
-      : row(plan.block), sum(plan.block), window_class(plan.block),
+      : row(plan.block),
+        sum(plan.block),
+        window_class(plan.block),
         gathered(gathered ? plan.block * plan.steps() * kDepth : 0) {
     this->gathered.clear();  // the codes past K stay zero
   }
@@ -37,14 +39,16 @@ void multiply_tile(const Plan& plan, const Activation* const* rows, int count, c
     std::fill(dots, dots + n, 0);
     for (int64_t step = 0; step < plan.steps(); step += kSteps) {
       for (int r = 0; r < count; ++r) at[r] = rows[r] + step * kDepth;
-      dot_tile_of(count, vectors)(at, panel + step * vectors * kLanes * kDepth, std::min(kSteps, plan.steps() - step), partial);
+      dot_tile_of(count, vectors)(at, panel + step * vectors * kLanes * kDepth, std::min(kSteps, plan.steps() - step),
+                                  partial);
       for (int i = 0; i < n; ++i) dots[i] += partial[i];
     }
   }
 }
 
 template <class Sum, class Source>
-void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue& epilogue, const Source& source) {
+void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue& epilogue,
+              const Source& source) {
   const Output output(args);
   const int64_t pixels = args.geometry.batch * args.geometry.out_height * args.geometry.out_width;
   const int64_t blocks = (pixels + plan.block - 1) / plan.block, chunks = (plan.panels() + plan.chunk - 1) / plan.chunk;
@@ -65,8 +69,8 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
           multiply_tile(plan, rows.row.data() + first, tile, weights.panel(plan, group, index), vectors, dots);
           for (int r = 0; r < tile; ++r) {
             const Sum activations = static_cast<Sum>(rows.sum[first + r]);
-            epilogue.finish<Sum, 0>(dots + r * vectors * kLanes, &activations, weights.zero, rows.window_class[first + r], slot,
-                                    vectors * kLanes, staged.data() + (first + r) * kPanelLanes);
+            epilogue.finish<Sum, 0>(dots + r * vectors * kLanes, &activations, weights.zero, rows.window_class[first + r],
+                                    slot, vectors * kLanes, staged.data() + (first + r) * kPanelLanes);
           }
         }
         const int64_t column = index * kPanelLanes;
@@ -78,7 +82,8 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
 }
 
 template <class Source>
-void run_gemm(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue& epilogue, const Source& source) {
+void run_gemm(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue& epilogue,
+              const Source& source) {
   plan.wide ? multiply<int64_t>(args, plan, weights, epilogue, source)
             : multiply<int32_t>(args, plan, weights, epilogue, source);
 }

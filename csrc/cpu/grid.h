@@ -48,10 +48,14 @@ inline Vec code_of(Vec x, const GridVec& grid, Vec levels) {
 template <class F>
 inline void with_kind(Kind kind, const F& f) {
   switch (kind) {
-    case Kind::kUniform: return f.template operator()<Kind::kUniform>();
-    case Kind::kBinary: return f.template operator()<Kind::kBinary>();
-    case Kind::kTernary: return f.template operator()<Kind::kTernary>();
-    case Kind::kIdentity: return;  // refused by csrc/ops
+    case Kind::kUniform:
+      return f.template operator()<Kind::kUniform>();
+    case Kind::kBinary:
+      return f.template operator()<Kind::kBinary>();
+    case Kind::kTernary:
+      return f.template operator()<Kind::kTernary>();
+    case Kind::kIdentity:
+      return;  // refused by csrc/ops
   }
 }
 

@@ -167,9 +167,9 @@ Plan plan_of(const LowbitArgs& args) {
   const bool depthwise = g.groups > 1 && in_channels == 1 && g.out_channels == g.groups && !plan.wide;
   const bool in_bounds = g.pad_top == 0 && g.pad_left == 0 && (g.out_height - 1) * g.stride_height < g.in_height &&
                          (g.out_width - 1) * g.stride_width < g.in_width;
-  plan.path = depthwise                                            ? Path::kDepthwise
+  plan.path = depthwise                                           ? Path::kDepthwise
               : taps == 1 && in_bounds && sizeof(Activation) == 1 ? Path::kRows
-                                                                   : Path::kPatches;
+                                                                  : Path::kPatches;
   plan.groups = depthwise ? 1 : g.groups;
   plan.group_channels = g.out_channels / plan.groups;
   plan.group_vectors = divide_up(plan.group_channels, kLanes);
@@ -191,8 +191,8 @@ Plan plan_of(const LowbitArgs& args) {
 Codes encode_activation(const LowbitArgs& args, const Plan& plan) {
   const ConvGeometry& g = args.geometry;
   const bool channels_last = is_channels_last(g, args.x_stride);
-  // Rows are read in whole groups of kDepth codes, depthwise channels in whole vectors: only multiples of these end inside the
-  // tensor of the user.
+  // Rows are read in whole groups of kDepth codes, depthwise channels in whole vectors: only multiples of these end inside
+  // the tensor of the user.
   const bool ends_inside = plan.path == Path::kRows        ? plan.depth % kDepth == 0
                            : plan.path == Path::kDepthwise ? g.in_channels % kLanes == 0
                                                            : true;
@@ -200,7 +200,8 @@ Codes encode_activation(const LowbitArgs& args, const Plan& plan) {
   Codes codes{nullptr, Buffer<uint8_t>(g.batch * g.in_height * g.in_width * g.in_channels)};
   codes.data = codes.owned.data();
   const auto encode = [&](const auto& to_codes) {
-    channels_last ? encode_channels_last(g, to_codes, codes.owned.data()) : encode_channels_first(g, to_codes, codes.owned.data());
+    channels_last ? encode_channels_last(g, to_codes, codes.owned.data())
+                  : encode_channels_first(g, to_codes, codes.owned.data());
   };
   if (args.x_dtype == DType::kUInt8) {
     const uint8_t* const x = static_cast<const uint8_t*>(args.x);
@@ -243,29 +244,31 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
   } else {
     weights.panels = Buffer<Weight>(slots * plan.steps() * kDepth);
   }
-  parallel_for(plan.groups * plan.group_vectors, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, columns * kLanes)), [&](int64_t begin, int64_t end) {
-    Buffer<uint8_t> codes(args.words * 32);
-    Buffer<Weight> rows(kLanes * columns);
-    for (int64_t vector = begin; vector < end; ++vector) {
-      rows.clear();
-      const int64_t group = vector / plan.group_vectors, first = vector % plan.group_vectors * kLanes;
-      for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, plan.group_channels - first); ++lane) {
-        unpack_row(args, group * plan.group_channels + first + lane, codes.data());
-        const int64_t slot = vector * kLanes + lane;
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const uint8_t* const run = codes.data() + tap * in_channels;
-          weights.tap_sums[tap * slots + slot] = sum_codes(run, in_channels);
-          if (depthwise) weights.taps[tap * slots + slot] = *run;
-        }
-        recenter(codes.data(), plan.depth, weights.zero, rows.data() + lane * columns);
-      }
-      if (depthwise) continue;
-      const int64_t panel = vector % plan.group_vectors / kTileVectors, position = vector % plan.group_vectors % kTileVectors;
-      const int64_t width = std::min<int64_t>(kTileVectors, plan.group_vectors - panel * kTileVectors);
-      Weight* const to = const_cast<Weight*>(weights.panel(plan, group, panel)) + position * kLanes * kDepth;
-      interleave(rows.data(), columns, plan.steps(), to, width * kLanes * kDepth);
-    }
-  });
+  parallel_for(plan.groups * plan.group_vectors, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, columns * kLanes)),
+               [&](int64_t begin, int64_t end) {
+                 Buffer<uint8_t> codes(args.words * 32);
+                 Buffer<Weight> rows(kLanes * columns);
+                 for (int64_t vector = begin; vector < end; ++vector) {
+                   rows.clear();
+                   const int64_t group = vector / plan.group_vectors, first = vector % plan.group_vectors * kLanes;
+                   for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, plan.group_channels - first); ++lane) {
+                     unpack_row(args, group * plan.group_channels + first + lane, codes.data());
+                     const int64_t slot = vector * kLanes + lane;
+                     for (int64_t tap = 0; tap < taps; ++tap) {
+                       const uint8_t* const run = codes.data() + tap * in_channels;
+                       weights.tap_sums[tap * slots + slot] = sum_codes(run, in_channels);
+                       if (depthwise) weights.taps[tap * slots + slot] = *run;
+                     }
+                     recenter(codes.data(), plan.depth, weights.zero, rows.data() + lane * columns);
+                   }
+                   if (depthwise) continue;
+                   const int64_t panel = vector % plan.group_vectors / kTileVectors,
+                                 position = vector % plan.group_vectors % kTileVectors;
+                   const int64_t width = std::min<int64_t>(kTileVectors, plan.group_vectors - panel * kTileVectors);
+                   Weight* const to = const_cast<Weight*>(weights.panel(plan, group, panel)) + position * kLanes * kDepth;
+                   interleave(rows.data(), columns, plan.steps(), to, width * kLanes * kDepth);
+                 }
+               });
   return weights;
 }
 
@@ -312,8 +315,9 @@ void Epilogue::finish(const Sum* dots, const Sum* activations, Sum zero, int64_t
   const float* const window = window_terms_.data() + window_class * slots_ + slot;
   for (int64_t i = 0; i < n; ++i) {
     const Sum sum = activations[i * kStride];
-    y[i] = data_term(static_cast<float>(dots[i] + zero * sum), static_cast<float>(sum), activation_step_, step[i], offset[i]) +
-           window[i];
+    y[i] =
+        data_term(static_cast<float>(dots[i] + zero * sum), static_cast<float>(sum), activation_step_, step[i], offset[i]) +
+        window[i];
   }
   if (has_bias_)
     for (int64_t i = 0; i < n; ++i) y[i] = y[i] + bias_[slot + i];
@@ -344,7 +348,8 @@ void Output::store_run(int64_t at, const float* y, int64_t n) const {
   });
 }
 
-void Output::write(const float* staged, int64_t pixel, int64_t pixels, int64_t channel, int64_t columns, float* turned) const {
+void Output::write(const float* staged, int64_t pixel, int64_t pixels, int64_t channel, int64_t columns,
+                   float* turned) const {
   const int64_t channels = args_.geometry.out_channels;
   if (channels_last_) {
     for (int64_t p = 0; p < pixels; ++p) store_run((pixel + p) * channels + channel, staged + p * kPanelLanes, columns);

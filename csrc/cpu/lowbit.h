@@ -19,10 +19,10 @@ enum class Path {
 
 struct Plan {
   Path path;
-  int64_t depth;   // K: terms of a dot product
-  bool wide;       // K is too large for int32 sums
-  int64_t block;   // output pixels whose rows are prepared together
-  int64_t chunk;   // panels of output channels a task multiplies them with
+  int64_t depth;  // K: terms of a dot product
+  bool wide;      // K is too large for int32 sums
+  int64_t block;  // output pixels whose rows are prepared together
+  int64_t chunk;  // panels of output channels a task multiplies them with
   // Output channels by group, each group padded to whole vectors: "slots".
   int64_t groups, group_channels, group_vectors;
 
@@ -88,8 +88,8 @@ class Epilogue {
  public:
   Epilogue(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Window& window);
 
-  // y[n] from the integer sums of n slots, n a multiple of kLanes. Sum: int32_t or int64_t; kStride is 0 where all slots share
-  // one sum of activations, else 1.
+  // y[n] from the integer sums of n slots, n a multiple of kLanes. Sum: int32_t or int64_t; kStride is 0 where all slots
+  // share one sum of activations, else 1.
   template <class Sum, int kStride>
   void finish(const Sum* dots, const Sum* activations, Sum zero, int64_t window_class, int64_t slot, int64_t n,
               float* y) const;

@@ -59,8 +59,8 @@ inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 // A word permutation puts word i into the upper half of lane i.
 inline Vec from_bfloat16(__m256i b) {
-  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1,
-                                         0, 0, 0);
+  const __m512i upper =
+      _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
   return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, upper, _mm512_castsi256_si512(b)))};
 }
 inline Vec load(const BFloat16* p) { return from_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -75,8 +75,8 @@ inline __m256i to_bfloat16(Vec a) {
   const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __m512i rounded = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i high = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13,
-                                        11, 9, 7, 5, 3, 1);
+  const __m512i high = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15,
+                                        13, 11, 9, 7, 5, 3, 1);
   return _mm512_castsi512_si256(
       _mm512_permutexvar_epi16(high, _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000))));
 }
@@ -91,7 +91,8 @@ inline void finish_streams() { _mm_sfence(); }
 inline void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
 inline void store(Half* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_half(a)); }
 inline void store(BFloat16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bfloat16(a)); }
-// Codes from values in [0, 255]: rounded to the nearest, ties to even; NaN becomes 0 (the low byte of the integer indefinite).
+// Codes from values in [0, 255]: rounded to the nearest, ties to even; NaN becomes 0 (the low byte of the integer
+// indefinite).
 inline __m128i to_codes(Vec a) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)); }
 inline void store_codes(uint8_t* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_codes(a)); }
 inline void store_codes(uint8_t* p, Vec a, int n) { _mm_mask_storeu_epi8(p, first_lanes(n), to_codes(a)); }
@@ -226,23 +227,55 @@ inline Mask map_mask(F f) {
   for (int i = 0; i < kLanes; ++i) r.v[i] = f(i) ? ~0u : 0u;
   return r;
 }
-inline Vec splat(float a) { return map([&](int) { return a; }); }
-inline Vec operator+(Vec a, Vec b) { return map([&](int i) { return a.v[i] + b.v[i]; }); }
-inline Vec operator-(Vec a, Vec b) { return map([&](int i) { return a.v[i] - b.v[i]; }); }
-inline Vec operator*(Vec a, Vec b) { return map([&](int i) { return a.v[i] * b.v[i]; }); }
-inline Vec max(Vec a, Vec b) { return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-inline Vec min(Vec a, Vec b) { return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
-inline Vec abs(Vec a) { return map([&](int i) { return std::fabs(a.v[i]); }); }
-inline Vec multiply_add(Vec a, Vec b, Vec c) { return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-inline Mask less(Vec a, Vec b) { return map_mask([&](int i) { return a.v[i] < b.v[i]; }); }
-inline Mask less_equal(Vec a, Vec b) { return map_mask([&](int i) { return a.v[i] <= b.v[i]; }); }
-inline Mask both(Mask a, Mask b) { return map_mask([&](int i) { return (a.v[i] & b.v[i]) != 0; }); }
-inline Mask either(Mask a, Mask b) { return map_mask([&](int i) { return (a.v[i] | b.v[i]) != 0; }); }
-inline Vec keep(Mask m, Vec a) { return map([&](int i) { return m.v[i] ? a.v[i] : 0.0f; }); }
-inline Vec select(Mask m, Vec a, Vec b) { return map([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; }); }
+inline Vec splat(float a) {
+  return map([&](int) { return a; });
+}
+inline Vec operator+(Vec a, Vec b) {
+  return map([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Vec operator-(Vec a, Vec b) {
+  return map([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Vec operator*(Vec a, Vec b) {
+  return map([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Vec max(Vec a, Vec b) {
+  return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec min(Vec a, Vec b) {
+  return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec abs(Vec a) {
+  return map([&](int i) { return std::fabs(a.v[i]); });
+}
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+  return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+inline Mask less(Vec a, Vec b) {
+  return map_mask([&](int i) { return a.v[i] < b.v[i]; });
+}
+inline Mask less_equal(Vec a, Vec b) {
+  return map_mask([&](int i) { return a.v[i] <= b.v[i]; });
+}
+inline Mask both(Mask a, Mask b) {
+  return map_mask([&](int i) { return (a.v[i] & b.v[i]) != 0; });
+}
+inline Mask either(Mask a, Mask b) {
+  return map_mask([&](int i) { return (a.v[i] | b.v[i]) != 0; });
+}
+inline Vec keep(Mask m, Vec a) {
+  return map([&](int i) { return m.v[i] ? a.v[i] : 0.0f; });
+}
+inline Vec select(Mask m, Vec a, Vec b) {
+  return map([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; });
+}
 inline Vec add_where(Vec a, Mask m, Vec b) { return a + keep(m, b); }
-inline Vec round_to_even(Vec a) { return map([&](int i) { return qk::round_to_even(a.v[i]); }); }
-inline Mask first_lanes(int n) { return map_mask([&](int i) { return i < n; }); }
+inline Vec round_to_even(Vec a) {
+  return map([&](int i) { return qk::round_to_even(a.v[i]); });
+}
+inline Mask first_lanes(int n) {
+  return map_mask([&](int i) { return i < n; });
+}
 
 inline float as_float(uint32_t bits) {
   float f;
@@ -294,7 +327,9 @@ inline void store(T* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) from_float(a.v[i], p + i);
 }
 template <class T>
-inline void stream(T* p, Vec a) { store(p, a); }
+inline void stream(T* p, Vec a) {
+  store(p, a);
+}
 inline void finish_streams() {}
 inline void store_codes(uint8_t* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) p[i] = a.v[i] == a.v[i] ? static_cast<uint8_t>(qk::round_to_even(a.v[i])) : 0;
@@ -365,13 +400,21 @@ struct First {
   int n;
 };
 template <class T>
-inline Vec load(const T* p, Whole) { return load(p); }
+inline Vec load(const T* p, Whole) {
+  return load(p);
+}
 template <class T>
-inline Vec load(const T* p, First lanes) { return load(p, lanes.n); }
+inline Vec load(const T* p, First lanes) {
+  return load(p, lanes.n);
+}
 template <class T>
-inline void store(T* p, Vec a, Whole) { store(p, a); }
+inline void store(T* p, Vec a, Whole) {
+  store(p, a);
+}
 template <class T>
-inline void store(T* p, Vec a, First lanes) { store(p, a, lanes.n); }
+inline void store(T* p, Vec a, First lanes) {
+  store(p, a, lanes.n);
+}
 inline void store_codes(uint8_t* p, Vec a, Whole) { store_codes(p, a); }
 inline void store_codes(uint8_t* p, Vec a, First lanes) { store_codes(p, a, lanes.n); }
 
@@ -404,10 +447,14 @@ inline Vec clamp_code(Vec v, Vec levels) { return min(levels, max(splat(0.0f), v
 template <class F>
 inline void with_type(DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(nullptr));
-    case DType::kFloat16: return f(static_cast<Half*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
-    case DType::kUInt8: return;  // the checks of csrc/ops let no integer tensor come here
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Half*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::kUInt8:
+      return;  // the checks of csrc/ops let no integer tensor come here
   }
 }
 

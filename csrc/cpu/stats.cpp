@@ -16,7 +16,9 @@ struct ChannelStats {
   const T* x;
 
   template <class Field>
-  NoParams params(Field) const { return {}; }
+  NoParams params(Field) const {
+    return {};
+  }
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, NoParams, Vec* sums) const {
@@ -34,7 +36,9 @@ struct ConditionalMean {
   const T* x;
 
   template <class Field>
-  Vec params(Field field) const { return field(0); }
+  Vec params(Field field) const {
+    return field(0);
+  }
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, Vec threshold, Vec* sums) const {

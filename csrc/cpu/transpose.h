@@ -51,7 +51,7 @@ inline void transpose_bytes(const uint8_t* in, int64_t in_stride, uint8_t* out, 
   __m128i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * in_stride));
   // Four times: interleave row i with row i + 8. Each pass rotates the 8-bit index (row, column) by one bit.
-  const auto interleave = [](const __m128i (&from)[16], __m128i (&to)[16]) {
+  const auto interleave = [](const __m128i(&from)[16], __m128i(&to)[16]) {
     for (int i = 0; i < 8; ++i) {
       to[2 * i] = _mm_unpacklo_epi8(from[i], from[i + 8]);
       to[2 * i + 1] = _mm_unpackhi_epi8(from[i], from[i + 8]);

@@ -2,8 +2,8 @@
 // How an element-wise kernel walks a tensor seen as [outer, channels, inner], in parallel, without knowing what it computes.
 //
 // Runs: inner is long, so a channel's parameters are broadcast once and used for a whole run.
-// Columns: channels are innermost (channels_last) or runs are short and come again many times, so parameters change from lane to lane: they are
-// expanded once to one table entry a column, and several rows share each load of them.
+// Columns: channels are innermost (channels_last) or runs are short and come again many times, so parameters change from
+// lane to lane: they are expanded once to one table entry a column, and several rows share each load of them.
 //
 // An Op loads, computes and stores one vector of elements:
 //   static constexpr int kSums                     accumulators a channel, 0 for none
@@ -23,13 +23,13 @@
 
 namespace qk::cpu::QK_CPU_ISA {
 
-inline constexpr int64_t kMinRun = 32;       // shorter runs go by columns,
-inline constexpr int64_t kMinRows = 8;       // unless too few rows share the tables: then a run of
-inline constexpr int64_t kShortRun = 4;      // this length is better off with a partial vector
-inline constexpr int64_t kPiece = 1 << 14;   // elements a task takes at a time: its tensors stay in L2
-inline constexpr int64_t kRowBlock = 4;      // rows that share one load of the column tables
-inline constexpr int64_t kMaxBlocks = 64;    // column blocks of a reduction, each with partial sums of its own
-inline constexpr int64_t kMaxBlockRows = 4096;  // so that a float32 partial sum stays accurate
+inline constexpr int64_t kMinRun = 32;            // shorter runs go by columns,
+inline constexpr int64_t kMinRows = 8;            // unless too few rows share the tables: then a run of
+inline constexpr int64_t kShortRun = 4;           // this length is better off with a partial vector
+inline constexpr int64_t kPiece = 1 << 14;        // elements a task takes at a time: its tensors stay in L2
+inline constexpr int64_t kRowBlock = 4;           // rows that share one load of the column tables
+inline constexpr int64_t kMaxBlocks = 64;         // column blocks of a reduction, each with partial sums of its own
+inline constexpr int64_t kMaxBlockRows = 4096;    // so that a float32 partial sum stays accurate
 inline constexpr int64_t kStreamBytes = 8 << 20;  // results of this size leave the caches before they are read again
 
 struct Walk {
@@ -211,7 +211,8 @@ void traverse_runs(const Layout& layout, const Walk& walk, const ChannelTable& t
 // totals of one accumulator, [channels], from those of each column in each block, `block_stride` apart. No division and no
 // choice inside: this runs on one thread.
 template <Combine kHow>
-inline void combine_columns(const Layout& layout, const Walk& walk, const float* partial, int64_t block_stride, double* totals) {
+inline void combine_columns(const Layout& layout, const Walk& walk, const float* partial, int64_t block_stride,
+                            double* totals) {
   std::vector<double> columns(partial, partial + walk.period);
   for (int64_t block = 1; block < walk.pieces; ++block)
     for (int64_t column = 0; column < walk.period; ++column)
@@ -301,7 +302,8 @@ std::vector<double> traverse(const Layout& layout, const Walk& walk, const Chann
   std::vector<double> totals(Op::kSums * layout.channels);
   for (int s = 0; s < Op::kSums; ++s)
     if (combine_of<Op>(s) != Combine::kSum)
-      std::fill_n(&totals[s * layout.channels], layout.channels, combine_of<Op>(s) == Combine::kMin ? kInfinity : -kInfinity);
+      std::fill_n(&totals[s * layout.channels], layout.channels,
+                  combine_of<Op>(s) == Combine::kMin ? kInfinity : -kInfinity);
   (walk.by_columns ? traverse_columns<Op> : traverse_runs<Op>)(layout, walk, table, op, totals.data());
   return totals;
 }

@@ -16,13 +16,15 @@ struct AttentionInputs {
   AttentionArgs args;
 };
 
-inline AttentionInputs attention_inputs(const char* op, const Tensor& x_in, const Tensor& attention_in, const Tensor& grids_in,
-                                        const Ints& kinds, const Ints& levels, const Ints& stes, std::optional<int64_t> axis) {
+inline AttentionInputs attention_inputs(const char* op, const Tensor& x_in, const Tensor& attention_in,
+                                        const Tensor& grids_in, const Ints& kinds, const Ints& levels, const Ints& stes,
+                                        std::optional<int64_t> axis) {
   check_float(op, "x", x_in);
   const Tensor x = dense(x_in);
   const auto count = static_cast<int64_t>(kinds.size());
   check(count >= 1 && count <= kMaxQuantizers, op, "kinds", "of 1 to 8 quantizers", count);
-  check(levels.size() == kinds.size(), op, "levels", "one for each of the " + std::to_string(count) + " kinds", levels.size());
+  check(levels.size() == kinds.size(), op, "levels", "one for each of the " + std::to_string(count) + " kinds",
+        levels.size());
   check(stes.size() == kinds.size(), op, "stes", "one for each of the " + std::to_string(count) + " kinds", stes.size());
   AttentionArgs args{};
   args.layout = layout_of(op, x, axis);
@@ -42,8 +44,8 @@ inline AttentionInputs attention_inputs(const char* op, const Tensor& x_in, cons
 }
 
 template <class Backend>
-Tensor attention_quantize(const Tensor& x_in, const Tensor& attention, const Tensor& grids, const Ints kinds, const Ints levels,
-                          const Ints stes, std::optional<int64_t> axis, bool) {
+Tensor attention_quantize(const Tensor& x_in, const Tensor& attention, const Tensor& grids, const Ints kinds,
+                          const Ints levels, const Ints stes, std::optional<int64_t> axis, bool) {
   AttentionInputs in = attention_inputs("attention_quantize", x_in, attention, grids, kinds, levels, stes, axis);
   Tensor out = torch::stable::empty_like(in.x);
   in.args.out = out.mutable_data_ptr();
@@ -53,8 +55,8 @@ Tensor attention_quantize(const Tensor& x_in, const Tensor& attention, const Ten
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> attention_quantize_backward(const Tensor& grad_in, const Tensor& x_in,
-                                                               const Tensor& attention, const Tensor& grids, const Ints kinds,
-                                                               const Ints levels, const Ints stes,
+                                                               const Tensor& attention, const Tensor& grids,
+                                                               const Ints kinds, const Ints levels, const Ints stes,
                                                                std::optional<int64_t> axis) {
   constexpr const char* op = "attention_quantize_backward";
   AttentionInputs in = attention_inputs(op, x_in, attention, grids, kinds, levels, stes, axis);

@@ -74,7 +74,9 @@ Tensor unpack_bitplanes(const Tensor& planes_in, int64_t kind, int64_t columns) 
   UnpackArgs args{};
   args.kind = check_kind(op, "kind", kind, Kind::kTernary);
   args.bits = static_cast<int>(planes.size(0));
-  const char* const bits = args.kind == Kind::kUniform ? "of 1 to 8 planes" : args.kind == Kind::kBinary ? "of 1 plane" : "of 2 planes";
+  const char* const bits = args.kind == Kind::kUniform  ? "of 1 to 8 planes"
+                           : args.kind == Kind::kBinary ? "of 1 plane"
+                                                        : "of 2 planes";
   const bool fits = args.kind == Kind::kUniform ? args.bits >= 1 && args.bits <= kMaxBits
                                                 : args.bits == (args.kind == Kind::kBinary ? 1 : 2);
   check(fits, op, "planes", bits, shape_of(planes));

@@ -19,11 +19,12 @@ inline void check_extents(const char* op, const char* argument, const std::vecto
   check(ok, op, argument, std::to_string(count) + " numbers from " + std::to_string(least) + " to 2147483647", got + "]");
 }
 
-inline int64_t output_extent(const char* op, const char* dimension, int64_t size, int64_t padding, int64_t kernel, int64_t stride,
-                             int64_t dilation) {
+inline int64_t output_extent(const char* op, const char* dimension, int64_t size, int64_t padding, int64_t kernel,
+                             int64_t stride, int64_t dilation) {
   const int64_t reach = dilation * (kernel - 1) + 1, padded = size + padding;
   check(padded >= reach, op, "x",
-        "at least as large as the dilated kernel (" + std::to_string(reach) + ") in " + dimension + " with its padding", padded);
+        "at least as large as the dilated kernel (" + std::to_string(reach) + ") in " + dimension + " with its padding",
+        padded);
   return (padded - reach) / stride + 1;
 }
 
@@ -69,12 +70,12 @@ inline ConvGeometry conv_geometry(const char* op, const Tensor& x, int64_t out_c
 template <class Backend>
 Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int64_t x_levels, const Tensor& planes,
                      const Tensor& w_grid, int64_t w_kind, int64_t w_levels, std::vector<int64_t> kernel_size,
-                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                     const std::optional<Tensor>& bias, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                     double lower, double upper, const std::optional<Tensor>& out_grid, int64_t out_kind, int64_t out_levels,
-                     std::optional<ScalarType> out_dtype) {
-  const LowbitCall call{"lowbit_conv2d", x,     x_grid, x_kind, x_levels, planes,   w_grid,   w_kind,     w_levels,
-                        bias,            scale, shift,  lower,  upper,    out_grid, out_kind, out_levels, out_dtype};
+                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                     int64_t groups, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& shift, double lower, double upper, const std::optional<Tensor>& out_grid,
+                     int64_t out_kind, int64_t out_levels, std::optional<ScalarType> out_dtype) {
+  const LowbitCall call{"lowbit_conv2d", x,     x_grid, x_kind, x_levels, planes,   w_grid,     w_kind,   w_levels, bias,
+                        scale,           shift, lower,  upper,  out_grid, out_kind, out_levels, out_dtype};
   const char* const op = call.op;
   check_activation(op, x);
   check(x.dim() == 4, op, "x", "of shape [batch, channels, height, width]", shape_of(x));
@@ -86,7 +87,8 @@ Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
         groups);
   const int64_t taps = kernel_size[0] * kernel_size[1], channels = x.size(1) / groups;
   check(taps <= kMaxExtent && taps * channels <= kMaxExtent, op, "kernel_size",
-        "of at most 2147483647 weights an output channel", std::to_string(kernel_size[0]) + " x " + std::to_string(kernel_size[1]));
+        "of at most 2147483647 weights an output channel",
+        std::to_string(kernel_size[0]) + " x " + std::to_string(kernel_size[1]));
   LowbitTensors tensors;
   LowbitArgs args = lowbit_args(call, taps * channels, tensors);
   check(planes.size(1) % groups == 0, op, "planes",
@@ -97,8 +99,9 @@ Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
   tensors.x = channels_last ? x : torch::stable::contiguous(x);
   const ConvGeometry& g = args.geometry;
   using torch::headeronly::MemoryFormat;
-  Tensor out = torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, check_out_dtype(call), std::nullopt,
-                                    x.device(), std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor out =
+      torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, check_out_dtype(call), std::nullopt,
+                           x.device(), std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   set_strides(g.in_channels, g.in_height, g.in_width, channels_last, args.x_stride);
   set_strides(g.out_channels, g.out_height, g.out_width, channels_last, args.out_stride);
   args.epilogue.out_dtype = dtype_of(out);

@@ -13,10 +13,14 @@ namespace qk::ops {
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Byte: return DType::kUInt8;
-    default: return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Byte:
+      return DType::kUInt8;
+    default:
+      return DType::kFloat32;
   }
 }
 
@@ -40,8 +44,8 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
-// The one knowing copy: a tensor with gaps or overlaps becomes dense, its dimensions in the order they had in memory. This is
-// also the layout of empty_like, with which the fake kernels say what the results look like.
+// The one knowing copy: a tensor with gaps or overlaps becomes dense, its dimensions in the order they had in memory. This
+// is also the layout of empty_like, with which the fake kernels say what the results look like.
 inline Tensor dense(const Tensor& t) {
   if (t.numel() == 0 || is_dense(t)) return t;
   Tensor copy = torch::stable::empty_like(t);

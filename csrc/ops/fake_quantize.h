@@ -58,8 +58,8 @@ Tensor fake_quantize(const Tensor& x_in, const Tensor& grid_in, int64_t kind, in
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& grid_in, int64_t kind,
-                                                  int64_t levels, int64_t ste, std::optional<int64_t> axis) {
+std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& grid_in,
+                                                  int64_t kind, int64_t levels, int64_t ste, std::optional<int64_t> axis) {
   constexpr const char* op = "fake_quantize_backward";
   check_float(op, "x", x_in);
   const Tensor x = dense(x_in);

@@ -130,8 +130,8 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
                      const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, double lower, double upper,
                      const std::optional<Tensor>& out_grid, int64_t out_kind, int64_t out_levels,
                      std::optional<ScalarType> out_dtype) {
-  const LowbitCall call{"lowbit_linear", x,     x_grid, x_kind, x_levels, planes, w_grid,   w_kind,   w_levels,
-                        bias,            scale, shift,  lower,  upper,    out_grid, out_kind, out_levels, out_dtype};
+  const LowbitCall call{"lowbit_linear", x,     x_grid, x_kind, x_levels, planes,   w_grid,     w_kind,   w_levels, bias,
+                        scale,           shift, lower,  upper,  out_grid, out_kind, out_levels, out_dtype};
   check_activation(call.op, x);
   check(x.dim() >= 1, call.op, "x", "of shape [..., in_features]", shape_of(x));
   const int64_t features = x.size(x.dim() - 1);
@@ -140,9 +140,22 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
   tensors.x = torch::stable::contiguous(x);
 
   ConvGeometry& g = args.geometry;
-  g = {.batch = 1, .in_channels = features, .in_height = 1, .in_width = 1, .out_channels = g.out_channels, .out_height = 1,
-       .out_width = 1, .kernel_height = 1, .kernel_width = 1, .stride_height = 1, .stride_width = 1, .pad_top = 0, .pad_left = 0,
-       .dilation_height = 1, .dilation_width = 1, .groups = 1};
+  g = {.batch = 1,
+       .in_channels = features,
+       .in_height = 1,
+       .in_width = 1,
+       .out_channels = g.out_channels,
+       .out_height = 1,
+       .out_width = 1,
+       .kernel_height = 1,
+       .kernel_width = 1,
+       .stride_height = 1,
+       .stride_width = 1,
+       .pad_top = 0,
+       .pad_left = 0,
+       .dilation_height = 1,
+       .dilation_width = 1,
+       .groups = 1};
   std::vector<int64_t> shape;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) {
     g.batch *= x.size(d);

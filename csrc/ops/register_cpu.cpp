@@ -25,10 +25,16 @@ namespace {
 
 struct Cpu {
   static void channel_stats(const StatsArgs& args, const Tensor&) { cpu::kernels().channel_stats(args); }
-  static void conditional_abs_mean(const ConditionalMeanArgs& args, const Tensor&) { cpu::kernels().conditional_abs_mean(args); }
+  static void conditional_abs_mean(const ConditionalMeanArgs& args, const Tensor&) {
+    cpu::kernels().conditional_abs_mean(args);
+  }
   static void range_errors(const RangeErrorsArgs& args, const Tensor&) { cpu::kernels().range_errors(args); }
-  static void fake_quantize_forward(const FakeQuantizeArgs& args, const Tensor&) { cpu::kernels().fake_quantize_forward(args); }
-  static void fake_quantize_backward(const FakeQuantizeArgs& args, const Tensor&) { cpu::kernels().fake_quantize_backward(args); }
+  static void fake_quantize_forward(const FakeQuantizeArgs& args, const Tensor&) {
+    cpu::kernels().fake_quantize_forward(args);
+  }
+  static void fake_quantize_backward(const FakeQuantizeArgs& args, const Tensor&) {
+    cpu::kernels().fake_quantize_backward(args);
+  }
   static void attention_quantize_forward(const AttentionArgs& args, const Tensor&) {
     cpu::kernels().attention_quantize_forward(args);
   }
