@@ -12,10 +12,12 @@ from .checkpoint import (
 )
 from .convert import UnsupportedModuleError, convert, first_and_last, prepare, set_bits
 from .ops import backend
-from .quantizers import BWN, PACT, SAWB, TWN, Attention, BinaryRelax, Identity, MinMax, Quantizer
+from .quantizers import BWN, HWGQ, LSQ, PACT, SAWB, TWN, Attention, BinaryRelax, Identity, MinMax, Quantizer
 
 __all__ = [
     "BWN",
+    "HWGQ",
+    "LSQ",
     "PACT",
     "SAWB",
     "TWN",

@@ -8,7 +8,9 @@ from .base import Quantizer
 from .binary import BWN, TWN
 from .binary_relax import BinaryRelax
 from .fixed import Fixed
+from .hwgq import HWGQ
 from .identity import Identity
+from .lsq import LSQ
 from .minmax import MinMax
 from .mixture import Mixture
 from .pact import PACT
@@ -16,6 +18,8 @@ from .sawb import SAWB
 
 __all__ = [
     "BWN",
+    "HWGQ",
+    "LSQ",
     "PACT",
     "SAWB",
     "TWN",
