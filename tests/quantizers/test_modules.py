@@ -17,6 +17,8 @@ EVERY = {
     "sawb": lambda: qk.SAWB(2),
     "sawb search": lambda: qk.SAWB(6),
     "pact": lambda: qk.PACT(2, alpha=1.0),
+    "lsq": lambda: qk.LSQ(3),
+    "hwgq": lambda: qk.HWGQ(2),
     "bwn": lambda: qk.BWN(),
     "twn": lambda: qk.TWN(),
     "identity": lambda: qk.Identity(),
