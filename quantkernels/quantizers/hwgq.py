@@ -15,7 +15,7 @@ HWGQ_STEPS = {2: 0.538, 3: 0.3217, 4: 0.185}
 class HWGQ(ScaledGrid):
     """q = s*clip(round(x/s), 0, N), N = 2^bits - 1, s = 0.538, 0.3217, 0.185 for 2, 3, 4 bits.
 
-    Half-wave Gaussian quantization, Cai et al. 2017, with the uniform quantizer of section 3 and the clipped
+    Half-wave Gaussian quantization, Cai et al. 2017, with its uniform quantizer and the clipped
     ReLU as its backward: dL/dx = g*1[0 <= x <= N*s]. The paper's range is open at 0; at x = 0 itself the op
     passes g (docs/numerics.md). For inputs of unit variance, which is what a batch-norm gives; per tensor,
     nothing is learned or tracked.
