@@ -3,7 +3,10 @@ set(QK_CUDA_FAMILIES stats fake_quantize attention bitplanes)
 
 set(QK_CUDA_BUILT "")
 set(QK_CUDA_REASON "left out (QK_CUDA=0)")
+# One that an earlier build left behind would no longer match the schemas.
+set(QK_CUDA_LIBRARY "${QK_OUTPUT_DIR}/quantkernels_cuda.so")
 if(QK_CUDA STREQUAL "0")
+  file(REMOVE "${QK_CUDA_LIBRARY}")
   return()
 endif()
 
@@ -13,6 +16,7 @@ if(NOT QK_NVCC)
   if(QK_CUDA STREQUAL "1")
     message(FATAL_ERROR "quantkernels: QK_CUDA=1, but nvcc was not found. Install the CUDA toolkit or set CUDA_HOME.")
   endif()
+  file(REMOVE "${QK_CUDA_LIBRARY}")
   return()
 endif()
 
