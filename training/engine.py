@@ -17,6 +17,7 @@ import math
 import os
 import random
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list
 from torch import nn
 from torch.nn import functional as F
 
@@ -108,14 +109,16 @@ def build_optimizer(config: Config, algorithm: Algorithm, model: nn.Module) -> t
     return (torch.optim.AdamW if o.name == "adamw" else torch.optim.Adam)(groups, lr=o.lr)
 
 
-def make_accelerator(config: Config) -> Accelerator:
+def make_accelerator(config: Config, algorithm: Algorithm) -> Accelerator:
     """An Accelerator with the recipe's precision. Raises ConfigError where the machine does not have it."""
     AcceleratorState._reset_state()  # it is process-wide, and refuses a second run's other precision
     mode = config.run.mixed_precision
     cpu = config.run.device == "cpu" or not torch.accelerator.is_available()
+    # the last of several passes, the one that shares the gradients, need not use every parameter
+    distributed = DistributedDataParallelKwargs(find_unused_parameters=algorithm.passes > 1)
     try:
         # without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other
-        accelerator = Accelerator(mixed_precision=mode, cpu=cpu)
+        accelerator = Accelerator(mixed_precision=mode, cpu=cpu, kwargs_handlers=[distributed])
     except ValueError as error:
         raise ConfigError(f"run.mixed_precision = {mode!r} does not work on this machine: {error}") from error
     if mode == "fp16" and accelerator.scaler is None:  # accelerate would train in float32 without a word
@@ -138,9 +141,9 @@ class Trainer:
         self.config = config
         self.files = RunFolder(folder)
         make_deterministic(config.run.deterministic)
-        self.accelerator = make_accelerator(config)
-        self.main = self.accelerator.is_main_process
         self.algorithm = build_algorithm(config.algorithm.name, config.algorithm.options)
+        self.accelerator = make_accelerator(config, self.algorithm)
+        self.main = self.accelerator.is_main_process
         self.data = load_data(config.data)
         self.steps_per_epoch = self._check_batch_size()
         self.total_steps = self.steps_per_epoch * config.run.epochs
@@ -236,12 +239,25 @@ class Trainer:
         seed_everything(derive_seed(seed, "step", step))
         self.algorithm.before_batch(self.bare, step)
         seed_everything(derive_seed(seed, "step", step, self.accelerator.process_index))
-        loss, outputs = self.algorithm.loss(self.model, inputs, targets, self._criterion)
-        self.accelerator.backward(loss)
+        loss, outputs = self._backward_passes(inputs, targets)
+        self.accelerator.unscale_gradients(self.optimizer)
+        self.algorithm.before_step(self.bare)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        correct = (outputs.detach().argmax(1) == targets).sum()
-        self.sums += torch.stack([loss.detach().double() * len(targets), correct.double()])
+        correct = (outputs.argmax(1) == targets).sum()
+        self.sums += torch.stack([loss * len(targets), correct.double()])
+
+    def _backward_passes(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of the losses, outputs of the last pass). Gradients add up; processes share them once, in the last."""
+        total = self.sums.new_zeros(())
+        last = self.algorithm.passes - 1
+        for index in range(last + 1):
+            with nullcontext() if index == last else self.accelerator.no_sync(self.model):
+                self.algorithm.before_pass(self.bare, index)
+                loss, outputs = self.algorithm.loss(self.model, inputs, targets, self._criterion)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total, outputs.detach()
 
     def _criterion(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=self.config.run.label_smoothing)

@@ -115,6 +115,14 @@ class Recorder(Algorithm):
     def before_batch(self, model, step):
         self.calls.append(("before_batch", step))
 
+    def before_pass(self, model, index):
+        assert self.passes == 1 and index == 0
+        self.calls.append(("before_pass",))
+
+    def before_step(self, model):
+        assert all(p.grad is not None for p in model.parameters())
+        self.calls.append(("before_step",))
+
     def after_epoch(self, model, epoch):
         self.calls.append(("after_epoch", epoch))
 
@@ -130,13 +138,39 @@ def test_hooks_of_an_algorithm(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "build_algorithm", lambda name, options: recorder)
     config = tiny(data={"batch_size": 700}, run={"epochs": 2})
     result = engine.run(config, tmp_path / "run")
-    batches = [("before_batch", step) for step in range(4)]
+    batches = [[("before_batch", step), ("before_pass",), ("before_step",)] for step in range(4)]
     assert recorder.calls == [
         ("start", 4, 2, 2),
-        *batches[:2],
+        *batches[0],
+        *batches[1],
         ("after_epoch", 0),
-        *batches[2:],
+        *batches[2],
+        *batches[3],
         ("after_epoch", 1),
         ("finish",),
     ]
-    assert [line["algorithm"]["calls"] for line in result.metrics] == [4, 7, 8]
+    assert [line["algorithm"]["calls"] for line in result.metrics] == [8, 15, 16]
+
+
+class Shares(Algorithm):
+    """The cross-entropy in three passes, of a sixth, a third and a half of it."""
+
+    passes = 3
+
+    def before_pass(self, model, index):
+        self.share = (index + 1) / 6
+
+    def loss(self, model, inputs, targets, criterion):
+        loss, outputs = super().loss(model, inputs, targets, criterion)
+        return loss * self.share, outputs
+
+
+def test_gradients_of_the_passes_add_up(tiny, tmp_path, monkeypatch):
+    config = tiny(run={"epochs": 1}, model={"batch_norm": False})
+    whole = engine.run(config, tmp_path / "whole")
+    monkeypatch.setattr(engine, "build_algorithm", lambda name, options: Shares())
+    parts = engine.run(config, tmp_path / "parts")
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert parts.metrics[0]["train_loss"] == pytest.approx(whole.metrics[0]["train_loss"])
+    assert parts.metrics[0]["train_accuracy"] == whole.metrics[0]["train_accuracy"]

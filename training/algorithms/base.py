@@ -33,8 +33,12 @@ class Algorithm:
     get the bare model, also where it is wrapped for several processes. What changes from step to step and is
     not a parameter or buffer of the model belongs into `state_dict`, so that a resumed run continues bit for
     bit. Random numbers need no care: the engine seeds python, numpy and torch from (seed, step) before each
-    `before_batch` (the same on all processes) and `loss` (each process its own), and before `after_epoch`.
+    `before_batch` (the same on all processes) and the first `before_pass` (each process its own), and before
+    `after_epoch`.
     """
+
+    passes = 1
+    """Forwards and backwards of one optimizer step: their gradients add up, processes share them once."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Swap layers for quantized ones (`quantkernels.prepare`); the float model is returned as it is."""
@@ -50,12 +54,18 @@ class Algorithm:
     def before_batch(self, model: nn.Module, step: int) -> None:
         """Before the forward of each training batch; `step` counts from 0 over the whole training."""
 
+    def before_pass(self, model: nn.Module, index: int) -> None:
+        """Before each of the `passes` calls of `loss` in a step, such as to change the bits; counts from 0."""
+
     def loss(
         self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, criterion: Criterion
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(scalar loss with regularisers, outputs [N, classes]); `model` may be wrapped: call it whole."""
         outputs = model(inputs)
         return criterion(outputs.float(), targets), outputs
+
+    def before_step(self, model: nn.Module) -> None:
+        """Before the optimizer's step, with the step's whole gradients in place: to clip or to drop some."""
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         """After the last batch of an epoch (counted from 0), before it is evaluated."""
