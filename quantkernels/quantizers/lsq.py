@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import Kind, Ste
 from .base import ScaledGrid, uniform_levels
+from .processes import average_over_processes
 
 # What the step is not let below: the lower clamp of LIMPQ.
 STEP_FLOOR = 1e-5
@@ -35,25 +37,36 @@ class LSQ(ScaledGrid):
     signed: Qn = 2^(bits-1), Qp = 2^(bits-1) - 1 (weights); unsigned: Qn = 0, Qp = 2^bits - 1 (activations).
     None, the default, is signed, until a layer takes the quantizer for its activation (`track`).
     bits: 1 to 8, signed 2 to 8 (with one bit Qp is 0); per tensor.
+    per_bit: bit-widths with a step each, `bits` among them, such as [6, 5, 4, 3, 2]: `set_bits` chooses one
+    of them and its step (LIMPQ, Tang et al. 2022, section 3). None: one step, which `set_bits` rescales.
 
     dL/dx = g*1[-Qn <= v <= Qp], dL/ds = sum g*(round(v) - v inside, -Qn below, Qp from Qp on) / sqrt(numel*Qp),
     v = x/s, numel all elements of x. At v = -Qn itself the step gets nothing (docs/numerics.md).
 
-    `step` is a float32 parameter [1], NaN until the first training batch sets it to 2 E|x| / sqrt(Qp). It
-    stays positive as PACT's alpha does: each training forward first raises a step below 1e-5 to 1e-5, eval
-    clamps what it reads. The device is never waited for. With several processes run one batch before
-    distributing the model: each would start from its own batch.
+    `step` is a float32 parameter [1], or [len(per_bit)] in the order given, NaN until the first training batch
+    sets it to 2 E|x| / sqrt(Qp), the mean being that of all processes, or `set_step` does. It stays positive as
+    PACT's alpha does: each training forward first raises a step below 1e-5 to 1e-5, eval clamps what it reads.
+    The device is never waited for.
     """
 
     learned = True
 
-    def __init__(self, bits: int, signed: bool | None = None) -> None:
+    def __init__(self, bits: int, signed: bool | None = None, per_bit: Sequence[int] | None = None) -> None:
         levels = lsq_levels("LSQ", bits, signed is not False)
         super().__init__(bits, Kind.UNIFORM, levels, Ste.FULL, None, (float("inf"), 1.0, float("inf")))
-        self.step = nn.Parameter(torch.full((1,), float("nan")))
         self.role_decides = signed is None
         self.signed = signed is not False
-        self._set_offset()
+        self.per_bit = None if per_bit is None else check_bit_set("LSQ", per_bit, bits, self.signed)
+        self.index = 0 if self.per_bit is None else self.per_bit.index(bits)
+        widths = len(self.widths)
+        self.step = nn.Parameter(torch.full((widths,), float("nan")))
+        self.register_buffer("divisor", self.divisor.repeat(widths, 1), persistent=False)
+        self._set_offsets()
+
+    @property
+    def widths(self) -> list[int]:
+        """The bit-widths of `step`'s elements."""
+        return [self.bits] if self.per_bit is None else self.per_bit
 
     @property
     def negative(self) -> int:
@@ -65,16 +78,17 @@ class LSQ(ScaledGrid):
         """Qp."""
         return self.levels - self.negative
 
-    def _set_offset(self) -> None:
+    def _set_offsets(self) -> None:
         # s / (-1/Qn) is -Qn*s without a rounding, since Qn is a power of two.
-        self.divisor[:, 0] = -1.0 / self.negative if self.signed else float("inf")
+        for row, bits in zip(self.divisor, self.widths, strict=True):
+            row[0] = -(2.0 ** (1 - bits)) if self.signed else float("inf")
 
     def track(self, momentum: float = 0.1) -> LSQ:
         """Become unsigned, unless `signed` was given: a layer calls this on its activation quantizer.
         Returns self."""
         if self.role_decides:
             self.signed = False
-            self._set_offset()
+            self._set_offsets()
         return self
 
     def grid(self, x: Tensor, stats: Tensor | None = None, update: bool = True) -> Tensor:
@@ -95,30 +109,48 @@ class LSQ(ScaledGrid):
 
     @torch.no_grad()
     def _initialise(self, x: Tensor) -> None:
-        self.step.copy_(2 * x.detach().float().abs().mean() / self.positive**0.5)
+        size = 2 * average_over_processes(x.detach().float().abs().mean())
+        positive = [2 ** (bits - 1) - 1 if self.signed else 2**bits - 1 for bits in self.widths]
+        self.set_step(torch.stack([size / q**0.5 for q in positive]))
+
+    @torch.no_grad()
+    def set_step(self, step: Tensor) -> None:
+        """Start from these steps, float32 in the shape of `step`, rather than from the first training batch."""
+        if step.shape != self.step.shape:
+            raise ValueError(f"set_step: step must have shape {list(self.step.shape)}, got {list(step.shape)}")
+        self.step.copy_(step)
         self.calibrated = True
 
     def batch_grid(self, x: Tensor, stats: Tensor | None) -> Tensor:
         """(-Qn*s, s, 0), differentiable in s."""
-        if not self.training:
-            return self.scaled(self.step.clamp(min=STEP_FLOOR)[:, None])
-        with torch.no_grad():
-            self.step.clamp_(min=STEP_FLOOR)
-        scale = (max(x.numel(), 1) * self.positive) ** -0.5
-        return self.scaled(ScaleGradient.apply(self.step, scale)[:, None])
+        step, divisor = self.step, self.divisor
+        if self.training:
+            with torch.no_grad():
+                step.clamp_(min=STEP_FLOOR)
+            step = ScaleGradient.apply(step, (max(x.numel(), 1) * self.positive) ** -0.5)
+        else:
+            step = step.clamp(min=STEP_FLOOR)
+        if self.per_bit is not None:
+            chosen = slice(self.index, self.index + 1)
+            step, divisor = step[chosen], divisor[chosen]
+        return step[:, None] / divisor
 
     def check_bits(self, bits: int) -> None:
-        """Raises ValueError unless bits is an int from 1 (signed: 2) to 8."""
+        """Raises ValueError unless bits is an int from 1 (signed: 2) to 8, one of `per_bit` where that is given."""
         lsq_levels("set_bits", bits, self.signed)
+        if self.per_bit is not None and bits not in self.per_bit:
+            raise ValueError(f"set_bits: LSQ has steps for {self.per_bit} bits, not for {bits}")
 
     def set_bits(self, bits: int) -> None:
-        """Change the number of levels and keep the width of the range; the step changes with it."""
+        """Use the step of that many bits, or without `per_bit` keep the width of the range with another step."""
         self.check_bits(bits)
-        levels = uniform_levels("set_bits", bits)
+        before, self.bits, self.levels = self.levels, bits, uniform_levels("set_bits", bits)
+        if self.per_bit is not None:
+            self.index = self.per_bit.index(bits)
+            return
         with torch.no_grad():
-            self.step.mul_(self.levels / levels)
-        self.bits, self.levels = bits, levels
-        self._set_offset()
+            self.step.mul_(before / self.levels)
+        self._set_offsets()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -127,8 +159,20 @@ class LSQ(ScaledGrid):
 
     def extra_repr(self) -> str:
         """The arguments, as they would be written, with the step as it is now."""
-        step = "meta" if self.step.is_meta else f"{self.step.item():.4g}"
-        return super().extra_repr() + f", signed={self.signed}, step={step}"
+        step = "meta" if self.step.is_meta else f"{self.step[self.index].item():.4g}"
+        widths = "" if self.per_bit is None else f", per_bit={self.per_bit}"
+        return super().extra_repr() + f", signed={self.signed}{widths}, step={step}"
+
+
+def check_bit_set(name: str, widths: Sequence[int], bits: int, signed: bool) -> list[int]:
+    """The bit-widths as a list. Raises ValueError unless they are different, possible, and `bits` is one of them."""
+    if not isinstance(widths, Sequence) or not widths or len(set(widths)) != len(widths):
+        raise ValueError(f"{name}: per_bit must be a list of different bit-widths, got {widths!r}")
+    for width in widths:
+        lsq_levels(name, width, signed)
+    if bits not in widths:
+        raise ValueError(f"{name}: bits must be one of per_bit = {list(widths)}, got {bits}")
+    return list(widths)
 
 
 def lsq_levels(name: str, bits: int, signed: bool) -> int:

@@ -134,6 +134,73 @@ def test_errors():
 
 
 @pytest.mark.parametrize("signed", [True, False])
+def test_a_step_for_each_bit_width(signed):
+    """Each bit-width computes what a quantizer of that width alone does, and only its own step gets a gradient."""
+    widths, steps = [6, 5, 4, 3, 2], torch.tensor([0.05, 0.1, 0.2, 0.4, 0.8])
+    many, x = qk.LSQ(6, signed, per_bit=widths), torch.randn(300)
+    many.set_step(steps)
+    for i in torch.randperm(len(widths)).tolist():
+        many.set_bits(widths[i])
+        many.step.grad = None
+        one, expected = with_step(widths[i], signed, steps[i].item()), torch.zeros(5)
+        assert torch.equal(many(x), one(x))
+        assert torch.equal(many.encode(x).decode(), one(x))
+        g = torch.randn(300)
+        many(x).backward(g)
+        one(x).backward(g)
+        expected[i] = one.step.grad
+        assert torch.equal(many.step.grad, expected)
+    assert torch.equal(many.step.detach(), steps), "changing the bits must leave the steps alone"
+
+
+def test_the_first_batch_sets_all_steps():
+    layer, x = (
+        qk.nn.QLinear(8, 3, weight=qk.LSQ(4, per_bit=[4, 2]), activation=qk.LSQ(2, per_bit=[4, 2])),
+        torch.rand(5, 8),
+    )
+    layer(x)
+    for quantizer, value, high in (
+        (layer.weight_quantizer, layer.weight, (7, 1)),
+        (layer.activation_quantizer, x, (15, 3)),
+    ):
+        expected = torch.stack([2 * value.abs().mean() / q**0.5 for q in high])
+        torch.testing.assert_close(quantizer.step, expected, check_stride=False)
+    other = copy.deepcopy(layer)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.eval()(x), layer.eval()(x))
+    assert "per_bit=[4, 2]" in repr(layer)
+
+
+def test_set_bits_changes_every_layer_with_steps_of_its_own():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    qk.prepare(model, weight=qk.LSQ(4, per_bit=[4, 3, 2]), activation=qk.LSQ(4, per_bit=[4, 3, 2]))
+    qk.set_bits(model, {"0": (2, 3)})
+    assert [(m.weight_quantizer.bits, m.activation_quantizer.bits) for m in model] == [(2, 3), (4, 4)]
+    with pytest.raises(ValueError, match=r"LSQ has steps for \[4, 3, 2\] bits, not for 5"):
+        qk.set_bits(model, 5)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ([], "must be a list of different bit-widths"),
+        ([4, 4], "must be a list of different bit-widths"),
+        ([4, 9], "bits must be an int from 1 to 8, got 9"),
+        ([4, 1], "signed LSQ needs at least 2 bits"),
+        ([3, 2], r"bits must be one of per_bit = \[3, 2\], got 4"),
+    ],
+)
+def test_wrong_sets_of_bits(widths, message):
+    with pytest.raises(ValueError, match=message):
+        qk.LSQ(4, per_bit=widths)
+
+
+def test_wrong_steps():
+    with pytest.raises(ValueError, match=r"step must have shape \[2\], got \[3\]"):
+        qk.LSQ(4, per_bit=[4, 2]).set_step(torch.ones(3))
+
+
+@pytest.mark.parametrize("signed", [True, False])
 def test_set_bits_keeps_the_width(signed):
     quantizer = with_step(8, signed, 0.1)
     quantizer.set_bits(2)
