@@ -123,7 +123,8 @@ class LSQ(ScaledGrid):
 
     def batch_grid(self, x: Tensor, stats: Tensor | None) -> Tensor:
         """(-Qn*s, s, 0), differentiable in s."""
-        step, divisor = self.step, self.divisor
+        step: Tensor = self.step
+        divisor = self.divisor
         if self.training:
             with torch.no_grad():
                 step.clamp_(min=STEP_FLOOR)
