@@ -12,7 +12,23 @@ from .checkpoint import (
 )
 from .convert import UnsupportedModuleError, convert, first_and_last, prepare, set_bits
 from .ops import backend
-from .quantizers import BWN, HWGQ, LSQ, PACT, SAWB, TWN, Attention, BinaryRelax, Identity, MinMax, Quantizer
+from .quantizers import (
+    BWN,
+    HWGQ,
+    LSQ,
+    PACT,
+    SAWB,
+    TWN,
+    Attention,
+    BinaryRelax,
+    CentredDoReFa,
+    DoReFa,
+    Identity,
+    MinMax,
+    ModifiedDoReFa,
+    Quantizer,
+    shared_statistics,
+)
 
 __all__ = [
     "BWN",
@@ -23,12 +39,15 @@ __all__ = [
     "TWN",
     "Attention",
     "BinaryRelax",
+    "CentredDoReFa",
     "CheckpointArchitectureError",
     "CheckpointError",
     "CheckpointVersionError",
     "CorruptCheckpointError",
+    "DoReFa",
     "Identity",
     "MinMax",
+    "ModifiedDoReFa",
     "Quantizer",
     "UnsupportedModuleError",
     "backend",
@@ -41,4 +60,5 @@ __all__ = [
     "prepare",
     "save",
     "set_bits",
+    "shared_statistics",
 ]

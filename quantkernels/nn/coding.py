@@ -157,7 +157,7 @@ class Substitute(torch.autograd.Function):
 def adopt(quantizer: Quantizer | None, layer: str, role: str, like: Tensor) -> Quantizer | None:
     """A layer's own copy of the quantizer it was given, on the device of `like`; None for None and Identity.
 
-    Raises TypeError for anything else, ValueError where a grid per channel cannot be used.
+    Raises TypeError for anything else, ValueError where a grid per channel or a transform cannot be used.
     """
     if quantizer is None or isinstance(quantizer, Identity):
         return None
@@ -167,6 +167,11 @@ def adopt(quantizer: Quantizer | None, layer: str, role: str, like: Tensor) -> Q
         raise ValueError(
             f"{layer}: the activation quantizer must be per tensor (axis=None), got axis={quantizer.axis}: "
             "the integer dot product needs one step for all the values it sums"
+        )
+    if role == "activation" and quantizer.transforms:
+        raise ValueError(
+            f"{layer}: the activation quantizer must give codes of its input itself, got {type(quantizer).__name__}, "
+            "which transforms it first: that one is for weights; use PACT, LSQ or MinMax"
         )
     if role == "weight" and quantizer.axis not in (None, 0):
         raise ValueError(

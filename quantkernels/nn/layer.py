@@ -74,9 +74,9 @@ class QuantizedLayer(nn.Module):
         """The bit-planes of the weight, int32 [bits, out, words], and how they decode."""
         quantizer = self.weight_quantizer
         assert quantizer is not None
-        grid = quantizer.grid(self.weight)
+        value, grid = quantizer.operands(self.weight)
         axis = None if quantizer.axis is None else 0
-        planes, _ = ops.quantize_pack(to_rows(self.weight), grid, quantizer.kind, quantizer.levels, axis)
+        planes, _ = ops.quantize_pack(to_rows(value), grid, quantizer.kind, quantizer.levels, axis)
         return planes, Coding(grid, quantizer.kind, quantizer.levels)
 
     def float_operation(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from .attention import Attention
 from .base import Quantizer
 from .binary import BWN, TWN
 from .binary_relax import BinaryRelax
+from .dorefa import CentredDoReFa, DoReFa, ModifiedDoReFa, NestedDoReFa
 from .fixed import Fixed
 from .hwgq import HWGQ
 from .identity import Identity
@@ -15,6 +16,7 @@ from .minmax import MinMax
 from .mixture import Mixture
 from .pact import PACT
 from .sawb import SAWB
+from .sharing import shared_statistics
 
 __all__ = [
     "BWN",
@@ -25,9 +27,14 @@ __all__ = [
     "TWN",
     "Attention",
     "BinaryRelax",
+    "CentredDoReFa",
+    "DoReFa",
     "Fixed",
     "Identity",
     "MinMax",
     "Mixture",
+    "ModifiedDoReFa",
+    "NestedDoReFa",
     "Quantizer",
+    "shared_statistics",
 ]

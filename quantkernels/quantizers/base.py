@@ -7,6 +7,7 @@ says how an op reads it. A quantizer's whole work is `batch_grid`; everything el
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import Kind
 from ..ops.planes import BitPlanes
+from .sharing import once, shared_statistics
 
 MAX_BITS = 8
 
@@ -67,6 +69,18 @@ class Quantizer(nn.Module):
         """Whether the grid is a running average (`track`)."""
         return self.momentum is not None
 
+    def transform(self, x: Tensor) -> Tensor:
+        """What the grid is laid over, in the shape of x: x itself, or a differentiable function of it in float32.
+
+        The result of `forward` is in the dtype of x in any case.
+        """
+        return x
+
+    @property
+    def transforms(self) -> bool:
+        """Whether `transform` is more than the identity, so that codes are not those of x itself."""
+        return type(self).transform is not Quantizer.transform
+
     def batch_grid(self, x: Tensor, stats: Tensor | None) -> Tensor:
         """float32 [C, 3] for this x. stats: `ops.channel_stats(x, axis)`, or None where `needs_statistics`
         is False."""
@@ -111,9 +125,22 @@ class Quantizer(nn.Module):
             return self._stored_grid()
         with torch.no_grad():
             if stats is None and self.needs_statistics:
-                stats = ops.channel_stats(x, self.axis)
+                stats = self.statistics(x)
             grid = self.batch_grid(x, stats)
             return self._average(grid) if self.tracking and update and self.updates(x) else grid
+
+    def statistics(self, x: Tensor) -> Tensor:
+        """`ops.channel_stats` of x; of a parameter once for all who ask inside `shared_statistics`."""
+        if not isinstance(x, nn.Parameter):
+            return ops.channel_stats(x, self.axis)
+        return once(x, ("channel_stats", self.axis), lambda: ops.channel_stats(x, self.axis))
+
+    def operands(self, x: Tensor, update: bool = True) -> tuple[Tensor, Tensor]:
+        """(transform(x), grid(x)): what the ops take. update: as for `grid`."""
+        if not self.transforms or torch.compiler.is_compiling():
+            return self.transform(x), self.grid(x, update=update)
+        with shared_statistics():
+            return self.transform(x), self.grid(x, update=update)
 
     def _average(self, grid: Tensor) -> Tensor:
         running, momentum = self.running_grid, self.momentum
@@ -135,7 +162,8 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """q in the shape and dtype of x."""
-        return ops.fake_quantize(x, self.grid(x), self.kind, self.levels, self.ste, self.axis)
+        value, grid = self.operands(x)
+        return ops.fake_quantize(value, grid, self.kind, self.levels, self.ste, self.axis).to(x.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> BitPlanes:
@@ -143,7 +171,9 @@ class Quantizer(nn.Module):
 
         Running statistics are read and not updated.
         """
-        return BitPlanes.encode(x, self.grid(x, update=False).detach(), self.kind, self.levels, self.axis)
+        value, grid = self.operands(x, update=False)
+        planes = BitPlanes.encode(value, grid.detach(), self.kind, self.levels, self.axis)
+        return dataclasses.replace(planes, dtype=x.dtype)
 
     def check_bits(self, bits: int) -> None:
         """Raises ValueError unless `set_bits(bits)` is possible."""

@@ -57,6 +57,11 @@ class Mixture(Quantizer):
         for q in members:
             if not isinstance(q, Quantizer) or isinstance(q, Mixture):
                 raise TypeError(f"{name}: members must be plain quantizers, got {type(q).__name__}")
+            if q.transforms:
+                raise ValueError(
+                    f"{name}: members must quantize one and the same tensor, got {type(q).__name__}, which transforms "
+                    "it first; use it alone"
+                )
         members.sort(key=lambda q: q.bits)
         axis = common_axis(name, members)
         share_alpha(name, members)

@@ -15,6 +15,9 @@ MAKERS = {
     "sawb": lambda bits, axis: qk.SAWB(bits, axis),
     "bwn": lambda bits, axis: qk.BWN(axis),
     "twn": lambda bits, axis: qk.TWN(axis),
+    "dorefa": lambda bits, axis: qk.DoReFa(bits),
+    "modified": lambda bits, axis: qk.ModifiedDoReFa(bits),
+    "centred": lambda bits, axis: qk.CentredDoReFa(bits, rescale=True),
     "pact": lambda bits, axis: qk.PACT(bits, alpha=1.5),
     "attention": lambda bits, axis: qk.Attention([qk.MinMax(bits, axis), qk.TWN(axis), qk.BWN(axis)]).select(1),
     "relax": lambda bits, axis: qk.BinaryRelax([qk.SAWB(bits, axis)]).select(),
@@ -37,7 +40,7 @@ def problems(draw):
 @hypothesis.given(problem=problems(), name=st.sampled_from(sorted(MAKERS)), bits=st.integers(1, 8))
 def test_decode_of_encode_is_forward(problem, name, bits):
     x, axis = problem
-    quantizer = MAKERS[name](bits, None if name == "pact" else axis)
+    quantizer = MAKERS[name](bits, axis)
     for training in (True, False):
         quantizer.train(training)
         planes = quantizer.encode(x)

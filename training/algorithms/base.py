@@ -102,13 +102,16 @@ def build_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
     return call_with_options(_REGISTRY[name], options, "algorithm")
 
 
-QUANTIZERS = ("MinMax", "SAWB", "PACT", "BWN", "TWN", "LSQ", "HWGQ", "Identity")
+QUANTIZERS = (
+    "MinMax", "SAWB", "PACT", "BWN", "TWN", "LSQ", "HWGQ", "DoReFa", "ModifiedDoReFa", "CentredDoReFa", "Identity",
+)  # fmt: skip
 
 
 def build_quantizer(table: Mapping[str, Any], where: str = "algorithm.weight") -> nn.Module:
     """A quantizer of a table such as ``{kind = "MinMax", bits = 2}``.
 
-    `kind` is one of `QUANTIZERS`; the other keys are that class's arguments (bits, axis, ste, alpha, plus, signed).
+    `kind` is one of `QUANTIZERS`; the other keys are that class's arguments (bits, axis, ste, alpha, plus, signed,
+    highest, rescale).
     `where` is the table's name in error messages. Raises ConfigError.
     """
     require(isinstance(table, Mapping), where, 'a table such as {kind = "MinMax", bits = 2}', table)
