@@ -1,4 +1,4 @@
-"""The command line: ``python -m training run RECIPE``, ``list``, ``report RUN...``."""
+"""The command line: ``python -m training run RECIPE``, ``list``, ``reproduce TABLE``, ``report RUN...``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from training.config import UserError, list_recipes, load
+from training.config import TWIN, UserError, load
 
 app = typer.Typer(
     help="Train low-bit networks from recipes.",
@@ -61,7 +61,9 @@ def run(
         config = load(recipe, settings or [])
         folder = out or Path("runs") / config.run.name
         from training import engine  # torch takes seconds to import: errors in a recipe come before
+        from training.reproduce import resolve_start
 
+        config = resolve_start(config, Path("runs"))
         try:
             result = engine.run(config, folder, resume=resume, show=True)
         except KeyboardInterrupt:
@@ -73,11 +75,53 @@ def run(
 
 @app.command("list")
 def list_command() -> None:
-    """Show the recipes, by folder."""
-    for folder, recipes in list_recipes().items():
-        print(folder)
-        for name, comment in recipes:
-            print(f"  {name:32} {comment}")
+    """Show the recipes, by paper and table."""
+    from training.tables import PAPERS, all_recipes
+
+    heading = ""
+    for recipe in sorted(all_recipes(), key=lambda recipe: (recipe.folder not in PAPERS, recipe.name)):
+        title = PAPERS.get(recipe.folder, recipe.folder)
+        if title != heading:
+            print(heading := title)
+        print(f"  {'*' if recipe.has_twin else ' '} {recipe.name:50} {recipe.comment}")
+    print(f"\n* has a small twin, NAME{TWIN}: minutes on two cores. `reproduce` runs all rows of a paper's table.")
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help='A paper\'s table, such as "DQA table 1" or dqa/table1.')],
+    small: Annotated[bool, typer.Option("--small", help="Take the recipes' small twins.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs a row, with seeds 0, 1, ...")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value of every recipe."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder of the runs' folders.")] = Path("runs"),
+) -> None:
+    """Run the rows of a paper's table, and print what they give beside the published figures.
+
+    Finished runs in the folder are used as they are, unfinished ones are continued.
+    """
+    with friendly_errors():
+        from training.tables import find_table
+
+        title = find_table(table)
+        from training.reproduce import Reproduction, side_by_side
+
+        console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=not is_main_process())
+        runs = Reproduction(out, small, settings or [], show=not small)
+        try:
+            outcomes = runs.run(title, seeds, lambda line: console.print(line, markup=False))
+        except KeyboardInterrupt:
+            fail(f"interrupted; the same command continues with the runs in {out}", 130)
+    if is_main_process():
+        ours = "ours: the small twins, other networks and data" if small else "ours: at full size"
+        over = f", mean ± standard deviation of seeds 0 to {seeds - 1}" if seeds > 1 else ", seed 0"
+        print(f"{title}; {ours}{over}\n")
+        print(side_by_side(outcomes), end="")
+    errors = sum(len(outcome.errors) for outcome in outcomes)
+    if errors:
+        fail(f"{errors} of {seeds * len(outcomes)} runs failed; the same command tries them again")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Recipes: small TOML files with the tables model, data, optimizer, schedule, algorithm and run.
+"""Recipes: small TOML files with the tables model, data, optimizer, schedule, algorithm, run, paper and small.
 
 A recipe is read into dataclasses and checked whole before anything starts. Every mistake is a `ConfigError`:
 one sentence that names the key, what it may be and what it was.
@@ -22,6 +22,7 @@ else:
     import tomli as tomllib
 
 RECIPES = Path(__file__).parent / "recipes"
+TWIN = "-small"  # the end of the name of a recipe's small twin
 
 
 class UserError(Exception):
@@ -166,11 +167,16 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class PaperConfig:
-    """``[paper]``: the published figure that the recipe reproduces; reports show it beside ours."""
+    """``[paper]``: the table and row that the recipe reproduces, and what the paper has there.
 
-    table: str = ""  # such as "DQA table 1"
-    accuracy: float = 0.0  # top-1 in percent; 0: none published
-    top5: float = 0.0
+    `published` has a figure for each column of the table that the paper fills in this row. The column "accuracy" is
+    top-1 and "top5" top-5 accuracy, in percent; every other column has the name that `Algorithm.results` gives it.
+    """
+
+    table: str = ""  # such as "DQA table 1": `python -m training reproduce` runs all recipes that name it
+    line: int = 0  # place in the table; recipes of the same line are in the order of their names
+    row: str = ""  # what the table calls the row
+    published: dict[str, float] = field(default_factory=dict)
     note: str = ""  # what the paper leaves open and how the recipe reads it
 
 
@@ -200,6 +206,10 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         require(isinstance(value, list), where, "a list", value)
         (item,) = typing.get_args(kind)
         return [_typed(entry, item, where) for entry in value]
+    if typing.get_origin(kind) is dict:
+        require(isinstance(value, Mapping), where, "a table", value)
+        (_, item) = typing.get_args(kind)
+        return {key: _typed(entry, item, f"{where}.{key}") for key, entry in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -256,17 +266,22 @@ def override(tables: dict[str, Any], text: str) -> None:
     tables[keys[-1]] = value
 
 
-def find_recipe(name: str) -> Path:
-    """The file of a recipe given as a path, or by its name or the end of its path below training/recipes."""
+def find_recipe(name: str) -> tuple[Path, bool]:
+    """The file of a recipe, and whether its small twin is meant: ``NAME-small``, where no recipe has that name itself.
+
+    `name` is a path, or the name or the end of the path of a recipe below training/recipes.
+    """
     if Path(name).is_file():
-        return Path(name)
-    known = {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in recipe_files()}
+        return Path(name), False
+    known = {recipe_name(path): path for path in recipe_files()}
     wanted = name.removesuffix(".toml")
-    found = [key for key in known if key == wanted] or [key for key in known if key.endswith("/" + wanted)]
-    if len(found) == 1:
-        return known[found[0]]
-    if found:
-        raise ConfigError(f"recipe {name!r} may be any of {', '.join(sorted(found))}: give more of its path")
+    for end, small in (("", False), (TWIN, True)):
+        stem = wanted.removesuffix(end) if wanted.endswith(end) else None
+        found = [key for key in known if key == stem] or [key for key in known if key.endswith(f"/{stem}")]
+        if len(found) == 1:
+            return known[found[0]], small
+        if found:
+            raise ConfigError(f"recipe {name!r} may be any of {', '.join(sorted(found))}: give more of its path")
     close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4)
     hint = f"; near: {', '.join(close)}" if close else ""
     raise ConfigError(f"no recipe {name!r}: neither a file nor a name in `python -m training list`{hint}")
@@ -299,16 +314,32 @@ def read_tables(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(read_tables(target, (*seen, target)), tables)
 
 
+def shrink(tables: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The tables of a recipe's small twin: those of ``[small]`` on top of the recipe's own.
+
+    A table of ``[small]`` that gives a ``name`` replaces the recipe's, options and all; others change single keys.
+    """
+    changes = tables.pop("small", None)
+    if changes is None:
+        raise ConfigError(f"{recipe_name(path)} has no small twin: neither it nor what it extends has a table [small]")
+    replaced = [name for name, table in changes.items() if isinstance(table, Mapping) and "name" in table]
+    return merge({name: table for name, table in tables.items() if name not in replaced}, changes)
+
+
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a recipe (path or name), apply ``table.key=value`` overrides, check it. Raises ConfigError."""
-    path = find_recipe(str(name))
+    """Read a recipe (path or name), apply ``table.key=value`` overrides, check it. Raises ConfigError.
+
+    A recipe with a table ``[small]`` has a twin for two cores and minutes, by its name and ``-small``.
+    """
+    path, small = find_recipe(str(name))
     tables = read_tables(path)
+    tables = shrink(tables, path) if small else {key: tables[key] for key in tables if key != "small"}
     for text in overrides:
         override(tables, text)
     run = tables.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
         seed = run.get("seed", 0)
-        run["name"] = recipe_name(path) + (f"-seed{seed}" if seed else "")
+        run["name"] = recipe_name(path) + (TWIN if small else "") + (f"-seed{seed}" if seed else "")
     return from_tables(tables)
 
 
@@ -323,13 +354,3 @@ def recipe_name(path: Path) -> str:
     if path.is_relative_to(RECIPES.resolve()):
         return path.relative_to(RECIPES.resolve()).with_suffix("").as_posix()
     return path.stem
-
-
-def list_recipes() -> dict[str, list[tuple[str, str]]]:
-    """Folder -> (name, first comment line) of every recipe in training/recipes."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for path in recipe_files():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        comment = next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")
-        groups.setdefault(path.parent.relative_to(RECIPES).as_posix(), []).append((path.stem, comment))
-    return groups

@@ -7,8 +7,8 @@ processes.
 
 metrics.jsonl has a line {"kind": "epoch", ...} after each epoch and one {"kind": "final", ...} after the
 algorithm's `finish`: epoch (epochs done), step (steps done), lr, train_loss, train_accuracy, eval_loss,
-eval_accuracy (of the test split, where the epoch was evaluated), seconds (of the epoch), algorithm (what
-`Algorithm.metrics` gave).
+eval_accuracy and eval_top5 (of the test split, where the epoch was evaluated), seconds (of the epoch), algorithm
+(what `Algorithm.metrics` gave); the final one also results (what `Algorithm.results` gave).
 """
 
 from __future__ import annotations
@@ -285,16 +285,17 @@ class Trainer:
         """Hard selection, the final evaluation, and the model's file, which marks the run as finished."""
         seed_everything(derive_seed(self.config.run.seed, "finish"))
         self.algorithm.finish(self.bare)
-        self._write_line({"kind": "final", "epoch": self.epoch, "step": self.step} | self._evaluate())
+        line = {"kind": "final", "epoch": self.epoch, "step": self.step} | self._evaluate()
+        self._write_line(line | {"results": self.algorithm.results(self.bare, self._evaluate)})
         if self.main:
             self.files.write_model(self.bare)
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self) -> dict[str, float]:
-        """Loss and accuracy on the test split, the work shared by the processes."""
+        """Loss, top-1 and top-5 accuracy on the test split, the work shared by the processes."""
         self._share_buffers()
         self.bare.eval()
-        sums = torch.zeros_like(self.sums)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         split, size = self.data.test, self.config.data.eval_batch_size
         mine = eval_batches(split, size, self.accelerator.process_index, self.accelerator.num_processes)
         with torch.no_grad():
@@ -302,10 +303,12 @@ class Trainer:
                 inputs, targets = inputs.to(sums.device), targets.to(sums.device)
                 outputs = self.bare(inputs).float()
                 loss = F.cross_entropy(outputs, targets, reduction="sum")
-                sums += torch.stack([loss.double(), (outputs.argmax(1) == targets).sum().double()])
+                right = outputs.argmax(1) == targets
+                best = outputs.topk(min(5, outputs.shape[1])).indices == targets[:, None]
+                sums += torch.stack([loss.double(), right.sum().double(), best.sum().double()])
         self.bare.train()
-        loss, correct = (self.accelerator.reduce(sums, "sum") / len(split.labels)).tolist()
-        return {"eval_loss": loss, "eval_accuracy": correct}
+        loss, correct, top5 = (self.accelerator.reduce(sums, "sum") / len(split.labels)).tolist()
+        return {"eval_loss": loss, "eval_accuracy": correct, "eval_top5": top5}
 
     def _share_buffers(self) -> None:
         """Give all processes the main one's running statistics, as a forward in training does."""

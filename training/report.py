@@ -94,6 +94,7 @@ def runs_table(groups: Mapping[str, Sequence[Run]]) -> Table:
         accuracies = [run.accuracy for run in group if run.accuracy is not None]
         deviation = f"{statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else "-"
         paper = group[0].recipe.get("paper", {})
+        published = paper.get("published", {})
         epochs = sorted({len(run.epochs) for run in group})
         rows.append(
             [
@@ -102,7 +103,7 @@ def runs_table(groups: Mapping[str, Sequence[Run]]) -> Table:
                 " or ".join(map(str, epochs)),
                 mean_and_range(accuracies),
                 deviation,
-                f"{paper['accuracy']:.1f}" if paper.get("accuracy") else "-",
+                f"{published['accuracy']:.1f}" if "accuracy" in published else "-",
                 paper.get("table") or "-",
                 mean_and_range([run.seconds / 60 for run in group if run.epochs], 1),
             ]

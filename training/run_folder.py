@@ -26,7 +26,7 @@ from torch import nn
 from training import checkpoint
 from training.config import Config, UserError
 
-# keys that may change between the parts of a run: they do not touch what is computed
+# keys that may change between the parts of a run, like those of [paper]: they do not touch what is computed
 FREE_KEYS = {"data.root", "data.workers", "run.checkpoint_steps", "run.checkpoint_epochs", "run.name"}
 
 
@@ -98,14 +98,7 @@ class RunFolder:
         if not self.config.exists() and not any(self.path.iterdir()):
             self._create(config, processes)  # it was killed before it had written anything
             return []
-        about = self.about()
-        old, new = flatten(about["recipe"]), flatten(config.to_tables())
-        for key in sorted(old.keys() | new.keys()):
-            if key not in FREE_KEYS and old.get(key) != new.get(key):
-                raise UserError(
-                    f"the run in {self.path} was started with {key} = {old.get(key)!r}, now it is "
-                    f"{new.get(key)!r}; resume it with the same recipe, or start another run with --out"
-                )
+        about = self.require_same(config)
         before, now = (
             {**about["versions"], "processes": about["processes"]},
             {**versions(), "processes": processes},
@@ -114,6 +107,18 @@ class RunFolder:
         if changed:
             return [f"results may differ from an uninterrupted run: {', '.join(changed)}"]
         return []
+
+    def require_same(self, config: Config) -> dict[str, Any]:
+        """What config.json says. Raises UserError where the run was started with other settings than `config`."""
+        about = self.about()
+        old, new = flatten(about["recipe"]), flatten(config.to_tables())
+        for key in sorted(old.keys() | new.keys()):
+            if key not in FREE_KEYS and not key.startswith("paper.") and old.get(key) != new.get(key):
+                raise UserError(
+                    f"the run in {self.path} was started with {key} = {old.get(key)!r}, now it is "
+                    f"{new.get(key)!r}; resume it with the same recipe, or start another run with --out"
+                )
+        return about
 
     def about(self) -> dict[str, Any]:
         """What config.json says. Raises UserError where it cannot be read."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+EVALUATED = {"accuracy": "eval_accuracy", "top5": "eval_top5"}  # column of a table -> key of the final line
+
 
 @dataclass
 class Run:
@@ -33,6 +35,13 @@ class Run:
         """Final test accuracy in percent; None of a run that is not finished."""
         value = (self.final or {}).get("eval_accuracy")
         return 100 * value if isinstance(value, int | float) else None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a finished run gave: "accuracy" and "top5" in percent, and the figures of `Algorithm.results`."""
+        final = self.final or {}
+        percent = {name: 100 * final[key] for name, key in EVALUATED.items() if key in final}
+        return percent | final.get("results", {})
 
     @property
     def seconds(self) -> float:

@@ -1,0 +1,28 @@
+"""Every small twin of the papers' recipes trains and beats chance by far (`make test-training`)."""
+
+import pytest
+
+from training.reproduce import Reproduction, side_by_side
+from training.tables import all_recipes, by_table
+
+CLASSES = 10  # of the data sets that the twins train on
+MARGIN = 3  # times the accuracy of chance
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """One folder for all tables: rows with the same settings share a run."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*the attention on the selected quantizer")  # short runs end before it converges
+@pytest.mark.parametrize("table", by_table(all_recipes()))
+def test_twins_of_a_table_beat_chance_by_far(table, root, capsys):
+    outcomes = Reproduction(root, small=True).run(table, seeds=1)
+    with capsys.disabled():
+        print(f"\n{table}, small twins, seed 0\n{side_by_side(outcomes)}")
+    errors = [error for outcome in outcomes for error in outcome.errors]
+    assert not errors
+    for outcome in outcomes:
+        assert outcome.figures[0]["accuracy"] > MARGIN * 100 / CLASSES, outcome.row.name
