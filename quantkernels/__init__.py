@@ -10,7 +10,15 @@ from .checkpoint import (
     load,
     save,
 )
-from .convert import UnsupportedModuleError, convert, first_and_last, prepare, set_bits
+from .convert import (
+    UnsupportedModuleError,
+    convert,
+    copy_bits,
+    first_and_last,
+    prepare,
+    set_bits,
+    switch_batch_norms,
+)
 from .ops import backend
 from .quantizers import (
     BWN,
@@ -53,6 +61,7 @@ __all__ = [
     "backend",
     "build_info",
     "convert",
+    "copy_bits",
     "first_and_last",
     "load",
     "nn",
@@ -61,4 +70,5 @@ __all__ = [
     "save",
     "set_bits",
     "shared_statistics",
+    "switch_batch_norms",
 ]

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .folding import FoldPlan, batch_norm_scale_shift, plan_folds
-from .nn import PackedConv2d, PackedLayer, PackedLinear, QConv2d, QLinear, QuantizedLayer
+from .folding import BATCH_NORMS, FoldPlan, batch_norm_scale_shift, plan_folds
+from .nn import PackedConv2d, PackedLayer, PackedLinear, QConv2d, QLinear, QuantizedLayer, SwitchableBatchNorm2d
 from .quantizers import Fixed, Mixture, Quantizer
+from .quantizers.base import check_widths
 
 Skip = Callable[[Mapping[str, nn.Module]], Iterable[str]] | Sequence[str] | None
 Override = Mapping[str, Any] | None
@@ -267,19 +268,35 @@ def pack_layer(layer: QuantizedLayer) -> nn.Module:
     return PackedConv2d.pack(layer) if isinstance(layer, QConv2d) else PackedLinear.pack(layer)  # type: ignore[arg-type]
 
 
-def set_bits(model: nn.Module, bits: int | Mapping[str, tuple[int | None, int | None]]) -> nn.Module:
+def switch_batch_norms(model: nn.Module, widths: Sequence[int]) -> nn.Module:
+    """Give every nn.BatchNorm2d and nn.SyncBatchNorm of a model a copy for each bit-width, in place; returns the model.
+
+    widths: different bit-widths from 1 to 8. `set_bits` then switches them together with the quantizers. Call it
+    before the optimizer is made. Raises ValueError for an empty or wrong set.
+    """
+    check_widths("switch_batch_norms", widths)
+    switched = [m for m in model.modules() if isinstance(m, SwitchableBatchNorm2d)]
+    inside = {id(norm) for module in switched for norm in module.norms.values()}
+    norms = [m for m in model.modules() if type(m) in BATCH_NORMS and id(m) not in inside]
+    return swap(model, {id(norm): SwitchableBatchNorm2d.from_float(norm, widths) for norm in norms})
+
+
+Policy = Mapping[str, tuple[int | None, int | None]]
+
+
+def set_bits(model: nn.Module, bits: int | Policy) -> nn.Module:
     """Change the precision of a prepared model, in place; returns the model.
 
-    bits: an int for all weights and activations, or {layer name: (weight bits, activation bits)}, None for
-    one that stays; layers not named stay. A uniform quantizer keeps its range and changes its levels; a
-    mixture selects its member of that many bits.
-    Raises ValueError, before anything is changed, for a name that does not exist or bits that a quantizer
-    cannot have.
+    bits: an int for all weights, activations and switchable batch-norms, or {layer name: (weight bits, activation
+    bits)}, None for one that stays; layers not named stay. A batch-norm goes with the weight of the last convolution
+    or linear layer that is registered before it. A uniform quantizer keeps its range and changes its levels, one with
+    something for each bit-width (PACT's and LSQ's per_bit) takes that; a mixture selects its member of that many bits.
+    Raises ValueError, before anything is changed, for a name that does not exist or bits that a quantizer or a
+    batch-norm cannot have.
     """
     layers = quantized_layers(model, "set_bits")
-    policy: Mapping[str, tuple[int | None, int | None]]
-    policy = dict.fromkeys(layers, (bits, bits)) if isinstance(bits, int) else bits
-    changes: list[tuple[Quantizer, int]] = []
+    policy: Policy = dict.fromkeys(layers, (bits, bits)) if isinstance(bits, int) else bits
+    changes: list[tuple[Quantizer | SwitchableBatchNorm2d, int]] = []
     for name, pair in policy.items():
         if name not in layers:
             raise unknown_name("set_bits", name, layers)
@@ -288,9 +305,45 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, tuple[int | None, int | 
         layer = layers[name]
         for quantizer, n in zip((layer.weight_quantizer, layer.activation_quantizer), pair, strict=True):
             if quantizer is not None and n is not None:
-                quantizer.check_bits(n)
                 changes.append((quantizer, n))
+    for layer_name, norm in switchable_norms(model):
+        n = bits if isinstance(bits, int) else policy.get(layer_name, (None, None))[0]
+        if n is not None:
+            changes.append((norm, n))
+    for module, n in changes:
+        module.check_bits(n)
     with torch.no_grad():
-        for quantizer, n in changes:
-            quantizer.set_bits(n)
+        for module, n in changes:
+            module.set_bits(n)
+    return model
+
+
+def switchable_norms(model: nn.Module) -> list[tuple[str, SwitchableBatchNorm2d]]:
+    """Every switchable batch-norm, with the name of the convolution or linear layer registered last before it."""
+    found = []
+    layer = ""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, PackedLayer)):
+            layer = name
+        elif isinstance(module, SwitchableBatchNorm2d):
+            found.append((layer, module))
+    return found
+
+
+def copy_bits(model: nn.Module, source: int, target: int) -> nn.Module:
+    """Give `target` bits what the model has for `source` bits alone, in place: batch-norms, clipping levels, steps.
+
+    How a bit-width that was not trained begins; `quantkernels.nn.calibrate_batch_norm` then gives it statistics of its
+    own. The current precision stays. Returns the model. Raises ValueError, before anything is changed, where one of
+    the two has no place of its own.
+    """
+    quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and getattr(m, "per_bit", None)]
+    parts: list[Any] = [*quantizers, *(norm for _, norm in switchable_norms(model))]
+    if not parts:
+        raise ValueError(f"copy_bits: {type(model).__name__} has nothing that differs between bit-widths")
+    for part in parts:
+        part.check_bits(source)
+        part.check_bits(target)
+    for part in parts:
+        part.copy_bits(source, target)
     return model

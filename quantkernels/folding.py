@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .nn import PackedLayer, QConv2d, QuantizedLayer
+from .nn import PackedLayer, QConv2d, QuantizedLayer, SwitchableBatchNorm2d
 from .quantizers import Quantizer
 
 FoldPlan = dict[str, str]
@@ -22,7 +22,7 @@ class LayerTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether m is one node of the graph."""
-        opaque = (QuantizedLayer, PackedLayer, Quantizer)
+        opaque = (QuantizedLayer, PackedLayer, Quantizer, SwitchableBatchNorm2d)
         return isinstance(m, opaque) or super().is_leaf_module(m, module_qualified_name)
 
 

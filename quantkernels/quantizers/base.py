@@ -8,6 +8,7 @@ says how an op reads it. A quantizer's whole work is `batch_grid`; everything el
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -185,6 +186,9 @@ class Quantizer(nn.Module):
         impossible."""
         self.check_bits(bits)
 
+    def copy_bits(self, source: int, target: int) -> None:
+        """Give `target` bits what the quantizer has for `source` bits alone; most have nothing of the kind."""
+
     def _set_uniform_levels(self, bits: int) -> None:
         levels = uniform_levels(type(self).__name__, bits)
         if self.running_grid is not None:
@@ -224,6 +228,17 @@ def uniform_levels(name: str, bits: int) -> int:
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
         raise ValueError(f"{name}: bits must be an int from 1 to {MAX_BITS}, got {bits!r}")
     return 2**bits - 1
+
+
+def check_widths(name: str, widths: Sequence[int]) -> list[int]:
+    """Bit-widths as a list, the highest first. Raises ValueError unless they are different ints from 1 to 8."""
+    if isinstance(widths, str) or not isinstance(widths, Sequence) or not widths:
+        raise ValueError(f"{name}: bit-widths must be a list of at least one, got {widths!r}")
+    for bits in widths:
+        uniform_levels(name, bits)
+    if len(set(widths)) != len(widths):
+        raise ValueError(f"{name}: bit-widths must be different, got {list(widths)}")
+    return sorted(widths, reverse=True)
 
 
 class ScaledGrid(Quantizer):

@@ -153,6 +153,12 @@ class LSQ(ScaledGrid):
             self.step.mul_(before / self.levels)
         self._set_offsets()
 
+    @torch.no_grad()
+    def copy_bits(self, source: int, target: int) -> None:
+        """Give `target` bits the step of `source` bits, where `per_bit` has both."""
+        if self.per_bit is not None:
+            self.step[self.per_bit.index(target)] = self.step[self.per_bit.index(source)]
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "step" in state_dict:

@@ -32,7 +32,7 @@ def share_alpha(name: str, members: Sequence[Quantizer]) -> None:
     pacts = [q for q in members if isinstance(q, PACT)]
     for q in pacts[1:]:
         if not torch.equal(q.alpha.detach().cpu(), pacts[0].alpha.detach().cpu()):
-            values = [p.alpha.item() for p in pacts]
+            values = [p.alpha.tolist() for p in pacts]
             raise ValueError(f"{name}: PACT members share one alpha and must start from the same, got {values}")
         q.alpha = pacts[0].alpha
 
