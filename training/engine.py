@@ -17,8 +17,10 @@ import math
 import os
 import random
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,8 @@ def make_accelerator(config: Config, algorithm: Algorithm) -> Accelerator:
     mode = config.run.mixed_precision
     cpu = config.run.device == "cpu" or not torch.accelerator.is_available()
     # the last of several passes, the one that shares the gradients, need not use every parameter
-    distributed = DistributedDataParallelKwargs(find_unused_parameters=algorithm.passes > 1)
+    unused = algorithm.passes > 1 or algorithm.unused_parameters
+    distributed = DistributedDataParallelKwargs(find_unused_parameters=unused)
     try:
         # without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other
         accelerator = Accelerator(mixed_precision=mode, cpu=cpu, kwargs_handlers=[distributed])
@@ -178,7 +181,7 @@ class Trainer:
             return self._result(already_finished=True)
         self.bare.to(self.accelerator.device)
         optimizer = build_optimizer(self.config, self.algorithm, self.bare)
-        self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(self.algorithm.wrap(self.bare), optimizer)
         self.algorithm.start(self.bare, self.total_steps, self.steps_per_epoch, self.config.run.epochs)
         self._load_checkpoint()
         with self.display:
@@ -282,14 +285,24 @@ class Trainer:
             self._save_checkpoint()
 
     def _finish(self) -> None:
-        """Hard selection, the final evaluation, and the model's file, which marks the run as finished."""
+        """Calibration, hard selection, the final evaluation, and the model's file, which marks the run as finished."""
         seed_everything(derive_seed(self.config.run.seed, "finish"))
+        if self.algorithm.calibration_batches:
+            self._share_buffers()
+            self.algorithm.calibrate(self.bare, self._calibration_inputs)
         self.algorithm.finish(self.bare)
         line = {"kind": "final", "epoch": self.epoch, "step": self.step} | self._evaluate()
         self._write_line(line | {"results": self.algorithm.results(self.bare, self._evaluate)})
         if self.main:
             self.files.write_model(self.bare)
         self.accelerator.wait_for_everyone()
+
+    def _calibration_inputs(self) -> Iterator[torch.Tensor]:
+        """Whole batches of an epoch that the training did not come to, in its order and with its augmentation."""
+        config = self.config
+        batches = train_batches(self.data.train, config.data.batch_size, config.run.seed, self.epoch)
+        for inputs, _ in islice(batches, self.algorithm.calibration_batches):
+            yield inputs.to(self.accelerator.device)
 
     def _evaluate(self) -> dict[str, float]:
         """Loss, top-1 and top-5 accuracy on the test split, the work shared by the processes."""

@@ -174,3 +174,41 @@ def test_gradients_of_the_passes_add_up(tiny, tmp_path, monkeypatch):
         torch.testing.assert_close(one, other)
     assert parts.metrics[0]["train_loss"] == pytest.approx(whole.metrics[0]["train_loss"])
     assert parts.metrics[0]["train_accuracy"] == whole.metrics[0]["train_accuracy"]
+
+
+class Twice(torch.nn.Module):
+    """The mean of two forwards of a network, as one forward."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return (self.network(x) + self.network(x)) / 2
+
+
+class Wrapped(Algorithm):
+    calibration_batches = 3
+
+    def wrap(self, model):
+        return Twice(model)
+
+    def calibrate(self, model, batches):
+        self.seen = [list(batches()), list(batches())]
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+
+
+def test_a_network_can_be_wrapped_and_calibrated(tiny, tmp_path, monkeypatch):
+    algorithm = Wrapped()
+    config = tiny(run={"epochs": 1}, model={"batch_norm": False})
+    plain = engine.run(config, tmp_path / "plain")
+    monkeypatch.setattr(engine, "build_algorithm", lambda name, options: algorithm)
+    result = engine.run(config, tmp_path / "run")
+    expected = plain.model.state_dict()
+    assert result.model.state_dict().keys() == expected.keys(), "the network itself is what is saved"
+    first, *rest = [(value - expected[key]).abs().max() for key, value in result.model.state_dict().items()]
+    assert first == pytest.approx(1, abs=1e-4) and max(rest) < 1e-4
+    one, other = algorithm.seen
+    assert [x.shape for x in one] == [(128, 1, 8, 8)] * 3
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,9 +39,18 @@ class Algorithm:
 
     passes = 1
     """Forwards and backwards of one optimizer step: their gradients add up, processes share them once."""
+    unused_parameters = False
+    """Whether a step may leave parameters without a gradient, which several processes must be told of."""
+    calibration_batches = 0
+    """Training batches that `calibrate` gets; 0: it is not called."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Swap layers for quantized ones (`quantkernels.prepare`); the float model is returned as it is."""
+        return model
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """What `loss` gets as its model: a module around it whose forward runs it several times, say at several
+        bit-widths. For several processes all that one backward needs must be one forward of one module."""
         return model
 
     def parameter_groups(self, model: nn.Module, base: dict[str, Any]) -> list[dict[str, Any]]:
@@ -69,6 +78,10 @@ class Algorithm:
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         """After the last batch of an epoch (counted from 0), before it is evaluated."""
+
+    def calibrate(self, model: nn.Module, batches: Callable[[], Iterator[torch.Tensor]]) -> None:
+        """After the training, before `finish`, where `calibration_batches` asks for it: `batches()` gives the inputs
+        of that many whole training batches, the same at each call and on every process."""
 
     def finish(self, model: nn.Module) -> None:
         """After the training and before the final evaluation: hard selection."""
