@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,17 @@ from torch import Tensor, nn
 
 from .convert import swap
 from .folding import BATCH_NORMS
-from .nn import PackedConv2d, PackedLayer, PackedLinear, QConv2d, QLinear, QuantizedLayer
-from .nn.coding import Coding, Epilogue, Geometry, pad_sides
+from .nn import PackedConv2d, PackedLayer, PackedLinear, QConv2d, QLinear, QuantizedLayer, SwitchableBatchNorm2d
+from .nn.coding import Coding, Epilogue, Geometry, Widths, pad_sides
 from .nn.packed import WORD, check_tensor, plane_count
 from .ops import Kind
 from .quantizers import Fixed
+from .quantizers.base import check_widths
 
 FORMAT = "quantkernels"
-FORMAT_VERSION = 1
+# Written are the first version that can say it: 1 for one precision, 2 where there are several bit-widths.
+FORMAT_VERSIONS = (1, 2)
+NORM = "switchable_batch_norm2d"
 KINDS = {"uniform": Kind.UNIFORM, "binary": Kind.BINARY, "ternary": Kind.TERNARY}
 KIND_NAMES = {int(kind): name for name, kind in KINDS.items()}
 
@@ -64,7 +67,7 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     text = canonical(layers)
     metadata = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(FORMAT_VERSIONS[has_widths(layers)]),
         "layers": text,
         "sha256": digest(text, tensors),
     }
@@ -81,7 +84,9 @@ def describe(packed: nn.Module) -> dict[str, Any]:
     """The `layers` entry of the metadata: one record a layer that is not as the float architecture has it."""
     layers: dict[str, Any] = {}
     for name, module in packed.named_modules():
-        if isinstance(module, PackedLayer):
+        if isinstance(module, SwitchableBatchNorm2d):
+            layers[name] = {"type": NORM, "features": module.num_features, "bit_widths": module.widths}
+        elif isinstance(module, PackedLayer):
             layers[name] = describe_packed(module)
         elif isinstance(module, QuantizedLayer):
             if module.weight_quantizer is not None or not isinstance(module.activation_quantizer, Fixed):
@@ -90,28 +95,41 @@ def describe(packed: nn.Module) -> dict[str, Any]:
             layers[name] = {
                 **describe_shape(module),
                 "weight": None,
-                "activation": describe_coding(fixed.kind, fixed.levels),
+                "activation": describe_coding(fixed.kind, fixed.levels, fixed.widths),
                 "folded": None,
             }
-    if not layers:
+    if all(record["type"] == NORM for record in layers.values()):
         raise ValueError(f"save: {type(packed).__name__} has no packed layers; call convert() first")
     return layers
 
 
 def describe_packed(layer: PackedLayer) -> dict[str, Any]:
     """The record of a packed layer."""
-    activation = layer.activation
+    widths = layer.widths or Widths([], None)
+    activation = None
+    if layer.activation is not None:
+        activation = describe_coding(layer.activation_kind, layer.activation_levels, widths.activation)
     return {
         **describe_shape(layer),
-        "weight": describe_coding(layer.weight_kind, layer.weight_levels),
-        "activation": None if activation is None else describe_coding(activation.kind, activation.levels),
+        "weight": describe_coding(layer.weight_kind, layer.weight_levels, widths.weight),
+        "activation": activation,
         "folded": layer.folded,
     }
 
 
-def describe_coding(kind: int, levels: int) -> dict[str, Any]:
-    """Kind by name, planes of a code, highest code."""
+def describe_coding(kind: int, levels: int, widths: Sequence[int] | None) -> dict[str, Any]:
+    """Kind by name, planes of a code, highest code; all bit-widths, the highest first, where there are several.
+
+    bits and levels are those of the highest."""
+    if widths:
+        return {"kind": KIND_NAMES[int(kind)], "bits": widths[0], "levels": 2 ** widths[0] - 1, "bit_widths": widths}
     return {"kind": KIND_NAMES[int(kind)], "bits": plane_count(kind, levels), "levels": int(levels)}
+
+
+def has_widths(layers: Mapping[str, Any]) -> bool:
+    """Whether some record has several bit-widths."""
+    codings = [record.get(role) for record in layers.values() for role in ("weight", "activation")]
+    return any("bit_widths" in (entry or ()) for entry in (*layers.values(), *codings))
 
 
 def describe_shape(layer: nn.Module) -> dict[str, Any]:
@@ -170,8 +188,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     CheckpointVersionError for one of another format version; CheckpointArchitectureError where it does not fit the
     model, naming the layers. All are CheckpointErrors, and nothing is built before everything is checked.
     """
-    layers, tensors = read(Path(path))
-    check_architecture(path, layers, model)
+    records, tensors = read(Path(path))
+    norms = {name: record for name, record in records.items() if record["type"] == NORM}
+    layers = {name: record for name, record in records.items() if name not in norms}
+    check_architecture(path, layers, norms, model)
     packed = copy.deepcopy(model)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     made: dict[int, nn.Module] = {}
@@ -182,6 +202,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         taken |= used
         if record["folded"] is not None:
             made[id(packed.get_submodule(record["folded"]))] = nn.Identity()
+    for name, record in norms.items():
+        norm = packed.get_submodule(name)
+        plain = norm.current if isinstance(norm, SwitchableBatchNorm2d) else norm
+        made[id(norm)] = SwitchableBatchNorm2d.from_float(plain, record["bit_widths"])
     rest = {name: value for name, value in tensors.items() if name not in taken}
     packed = swap(packed, made)
     load_rest(path, packed, rest, taken)
@@ -196,7 +220,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
-            check_version(path, metadata)
+            version = check_version(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except CheckpointError:
         raise
@@ -207,7 +231,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CorruptCheckpointError(f"load: {path}: {damaged} (its contents do not match its digest)")
     try:
         layers = json.loads(text)
-        check_records(layers)
+        check_records(layers, version)
     except (ValueError, TypeError, KeyError) as error:
         raise CorruptCheckpointError(
             f"load: {path}: a layer record is not one this library understands ({error}); save the network again"
@@ -215,32 +239,38 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return layers, tensors
 
 
-def check_version(path: Path, metadata: Mapping[str, str]) -> None:
-    """Raises CorruptCheckpointError for a file that is not ours, CheckpointVersionError for one of another version."""
+def check_version(path: Path, metadata: Mapping[str, str]) -> int:
+    """The version. Raises CorruptCheckpointError for a foreign file, CheckpointVersionError for an unknown version."""
     if metadata.get("format") != FORMAT:
         raise CorruptCheckpointError(
             f"load: {path}: a safetensors file, but not a packed network of {FORMAT} (its metadata has no "
             f'"format": "{FORMAT}"); write it with quantkernels.save'
         )
     version = metadata.get("format_version")
-    if version != str(FORMAT_VERSION):
-        raise CheckpointVersionError(
-            f"load: {path}: format version {version}, this library reads version {FORMAT_VERSION}: use the library "
-            "that wrote it, or save the network again with this one"
-        )
+    for known in FORMAT_VERSIONS:
+        if version == str(known):
+            return known
+    known_versions = " and ".join(map(str, FORMAT_VERSIONS))
+    raise CheckpointVersionError(
+        f"load: {path}: format version {version}, this library reads versions {known_versions}: use the library "
+        "that wrote it, or save the network again with this one"
+    )
 
 
 RECORD_KEYS = {"type", "shape", "weight", "activation", "folded"}
 CONV_KEYS = {"stride", "padding", "dilation", "groups", "padding_mode"}
 
 
-def check_records(layers: Any) -> None:
-    """Raises ValueError or TypeError for anything that `describe` would not have written."""
+def check_records(layers: Any, version: int) -> None:
+    """Raises ValueError or TypeError for anything that `describe` would not have written in that version."""
     if not isinstance(layers, dict) or not layers:
         raise ValueError("layers must be a JSON object with at least one entry")
     for name, record in layers.items():
         if not isinstance(record, dict):
             raise TypeError(f"layer {name!r} must be an object, got {record!r}")
+        if record.get("type") == NORM and version > 1:
+            check_norm(name, record)
+            continue
         conv = record.get("type") == "conv2d"
         if not conv and record.get("type") != "linear":
             raise ValueError(f"layer {name!r}: type must be conv2d or linear, got {record.get('type')!r}")
@@ -248,24 +278,43 @@ def check_records(layers: Any) -> None:
             raise ValueError(f"layer {name!r} must have the keys of a {record['type']}, got {sorted(record)}")
         for role in ("weight", "activation"):
             if record[role] is not None:
-                check_coding(f"layer {name!r}, {role}", record[role])
+                check_coding(f"layer {name!r}, {role}", record[role], version)
         if record["weight"] is None and record["activation"] is None:
             raise ValueError(f"layer {name!r} is quantized in neither operand")
         if not isinstance(record["folded"], (str, type(None))) or (record["folded"] and not conv):
             raise ValueError(f"layer {name!r}: folded must be the name of a batch-norm, got {record['folded']!r}")
 
 
-def check_coding(what: str, record: Any) -> None:
-    """Raises ValueError unless kind, bits and levels are there, known and agree."""
-    if not isinstance(record, dict) or set(record) != {"kind", "bits", "levels"}:
+def check_norm(name: str, record: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the record is one of a switchable batch-norm."""
+    if set(record) != {"type", "features", "bit_widths"} or not isinstance(record["features"], int):
+        raise ValueError(f"layer {name!r} must have type, features and bit_widths, got {dict(record)!r}")
+    check_sorted(f"layer {name!r}", record["bit_widths"])
+
+
+def check_coding(what: str, record: Any, version: int) -> None:
+    """Raises ValueError unless kind, bits and levels, and from version 2 on bit_widths, are known and agree."""
+    keys = set(record) if isinstance(record, dict) else set()
+    several = version > 1 and "bit_widths" in keys
+    if keys != {"kind", "bits", "levels"} | ({"bit_widths"} if several else set()):
         raise ValueError(f"{what} must have kind, bits and levels, got {record!r}")
     if record["kind"] not in KINDS or not isinstance(record["levels"], int):
         raise ValueError(f"{what}: kind must be one of {', '.join(KINDS)} and levels an int, got {record!r}")
     if plane_count(KINDS[record["kind"]], record["levels"]) != record["bits"]:
         raise ValueError(f"{what}: bits and levels do not agree: {record!r}")
+    if several:
+        check_sorted(what, record["bit_widths"])
+        if record["kind"] != "uniform" or record["bit_widths"][0] != record["bits"]:
+            raise ValueError(f"{what}: several bit-widths need uniform codes, bits being the highest: {record!r}")
 
 
-def check_architecture(path: Any, layers: Mapping[str, Any], model: nn.Module) -> None:
+def check_sorted(what: str, widths: Any) -> None:
+    """Raises ValueError unless these are bit-widths from the highest to the lowest."""
+    if check_widths(what, widths) != widths:
+        raise ValueError(f"{what}: bit_widths must fall, got {widths!r}")
+
+
+def check_architecture(path: Any, layers: Mapping[str, Any], norms: Mapping[str, Any], model: nn.Module) -> None:
     """Raises CheckpointArchitectureError listing every layer of the file that the model does not have as it is
     there."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -286,6 +335,13 @@ def check_architecture(path: Any, layers: Mapping[str, Any], model: nn.Module) -
         norm = modules.get(record["folded"]) if record["folded"] is not None else None
         if record["folded"] is not None and not isinstance(norm, BATCH_NORMS):
             problems.append(f"{name!r} has a batch-norm {record['folded']!r} folded in, which the model does not have")
+    for name, record in norms.items():
+        norm = modules.get(name)
+        if not isinstance(norm, (*BATCH_NORMS, SwitchableBatchNorm2d)) or norm.num_features != record["features"]:
+            has = "no such module" if norm is None else f"{norm}"
+            problems.append(
+                f"{name!r} is a batch-norm of {record['features']} channels in the file, the model has {has}"
+            )
     quantized = [n for n, m in modules.items() if isinstance(m, QuantizedLayer) and n not in layers]
     problems += [f"{name!r} is quantized in the model and floating in the file" for name in quantized]
     complain(path, problems)
@@ -318,12 +374,13 @@ def rebuild(
             entry = record["activation"]
             activation = Coding(values["activation_grid"], KINDS[entry["kind"]], entry["levels"])
         epilogue = Epilogue(values.get("bias"), values.get("scale"), values.get("shift"))
+        widths = widths_of(record)
         layer: PackedLayer
         if record["type"] == "conv2d":
-            layer = PackedConv2d(geometry_of(target), values["planes"], weight, activation, epilogue)
+            layer = PackedConv2d(geometry_of(target), values["planes"], weight, activation, epilogue, widths)
         else:
             assert isinstance(target, nn.Linear)
-            layer = PackedLinear(target.in_features, values["planes"], weight, activation, epilogue)
+            layer = PackedLinear(target.in_features, values["planes"], weight, activation, epilogue, widths)
         if list(layer.weight_shape) != record["shape"]:
             raise ValueError(f"planes of {list(layer.weight_shape)} weights, the record says {record['shape']}")
         check_padding_bits(layer)
@@ -333,6 +390,16 @@ def rebuild(
         ) from error
     layer.folded = record["folded"]
     return layer, {own[key] for key in values}
+
+
+def widths_of(record: Mapping[str, Any]) -> Widths | None:
+    """The bit-widths of a layer's record. Raises ValueError where one operand has several and the other one."""
+    activation = record["activation"] or {}
+    if "bit_widths" not in record["weight"] and "bit_widths" not in activation:
+        return None
+    if "bit_widths" not in record["weight"] or (activation and "bit_widths" not in activation):
+        raise ValueError("weight and activation must both have bit_widths, or neither")
+    return Widths(record["weight"]["bit_widths"], activation.get("bit_widths"))
 
 
 def check_parts(record: Mapping[str, Any], values: Mapping[str, Tensor], target: nn.Module) -> None:
@@ -353,8 +420,9 @@ def rebuild_float(
 ) -> tuple[nn.Module, set[str]]:
     """A layer with a float weight and a fixed activation grid; weight and bias are loaded with the rest."""
     entry, grid = record["activation"], tensors[key]
-    check_tensor("activation grid", grid, torch.float32, (1, 3))
-    fixed = Fixed(grid, KINDS[entry["kind"]], entry["levels"])
+    widths = entry.get("bit_widths")
+    check_tensor("activation grid", grid, torch.float32, (1, 3) if widths is None else (len(widths), 1, 3))
+    fixed = Fixed(grid, KINDS[entry["kind"]], entry["levels"], None, widths)
     if isinstance(target, nn.Conv2d):
         return QConv2d.from_float(target, None, fixed), set()
     assert isinstance(target, nn.Linear)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,11 +17,13 @@ from torch.nn.parameter import UninitializedParameter
 
 from .folding import BATCH_NORMS, FoldPlan, batch_norm_scale_shift, plan_folds
 from .nn import PackedConv2d, PackedLayer, PackedLinear, QConv2d, QLinear, QuantizedLayer, SwitchableBatchNorm2d
+from .nn.packed import activation_at
 from .quantizers import Fixed, Mixture, Quantizer
 from .quantizers.base import check_widths
 
 Skip = Callable[[Mapping[str, nn.Module]], Iterable[str]] | Sequence[str] | None
 Override = Mapping[str, Any] | None
+ROLES = ("weight", "activation")
 
 # Modules that read the parameters of their children themselves: a child swapped there would be ignored, or
 # break them.
@@ -193,7 +196,7 @@ def swap(model: nn.Module, made: Mapping[int, nn.Module]) -> nn.Module:
     return model
 
 
-def convert(model: nn.Module, fold: bool = True) -> nn.Module:
+def convert(model: nn.Module, fold: bool = True, bit_widths: Sequence[int] | None = None) -> nn.Module:
     """A packed copy of a prepared and trained model, in eval mode; the model itself is left as it is.
 
     Each quantized layer becomes a PackedConv2d or PackedLinear (one without weight quantizer keeps its float
@@ -204,17 +207,27 @@ def convert(model: nn.Module, fold: bool = True) -> nn.Module:
     convolution's float32 scale and shift. What follows what is read from a torch.fx trace of the model, or
     where that cannot be traced of its children; batch-norms that are not proven to follow stay.
 
+    bit_widths: of an adaptive network all bit-widths that the packed one shall have, between which `set_bits` switches
+    it: planes are there once, grids and switchable batch-norms (which are not folded) for each. It needs weights
+    whose codes are nested (`ModifiedDoReFa`, `CentredDoReFa`). None: the precision that the network has now, with the
+    batch-norms in use.
+
     Raises RuntimeError, naming all layers, where a mixture has not been selected or statistics are missing;
-    ValueError where there is nothing to convert.
+    ValueError where there is nothing to convert, or a layer does not have one of the bit-widths.
     """
     layers = quantized_layers(model, "convert")
     check_ready(layers)
+    if bit_widths is not None:
+        bit_widths = check_widths("convert", bit_widths)
+        for bits in bit_widths:
+            check_changes(bits_changes(model, bits, layers))
     packed = copy.deepcopy(model).eval()
+    packed = reduce_norms(packed, bit_widths)
     layers = quantized_layers(packed, "convert")
     plan = plan_folds(packed) if fold else FoldPlan()
     made: dict[int, nn.Module] = {}
     for name, layer in layers.items():
-        made[id(layer)] = pack_layer(layer)
+        made[id(layer)] = pack_layer(layer, bit_widths)
         norm_name = plan.get(name)
         if norm_name is None:
             continue
@@ -224,12 +237,22 @@ def convert(model: nn.Module, fold: bool = True) -> nn.Module:
         replacement.fold(*batch_norm_scale_shift(norm))
         replacement.folded = norm_name
         made[id(norm)] = nn.Identity()
-    return swap(packed, made).eval()
+    packed = swap(packed, made).eval()
+    return packed if bit_widths is None else set_bits(packed, bit_widths[0])
 
 
-def quantized_layers(model: nn.Module, what: str) -> dict[str, QuantizedLayer]:
-    """Quantized layers by name. Raises ValueError if there are none."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+def reduce_norms(model: nn.Module, bit_widths: Sequence[int] | None) -> nn.Module:
+    """Leave of each switchable batch-norm what those bit-widths need, for None the plain one in use; in place."""
+    made: dict[int, nn.Module] = {}
+    for _, norm in switchable_norms(model):
+        made[id(norm)] = norm.current if bit_widths is None else norm.only(bit_widths)
+    return swap(model, made)
+
+
+def quantized_layers(model: nn.Module, what: str, packed: bool = False) -> dict[str, Any]:
+    """Quantized layers by name, with `packed` packed ones too. Raises ValueError if there are none."""
+    kinds = (QuantizedLayer, PackedLayer) if packed else QuantizedLayer
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     if not layers:
         raise ValueError(f"{what}: {type(model).__name__} has no quantized layers; call prepare() first")
     return layers
@@ -256,16 +279,17 @@ def check_ready(layers: Mapping[str, QuantizedLayer]) -> None:
         )
 
 
-def pack_layer(layer: QuantizedLayer) -> nn.Module:
+@torch.no_grad()
+def pack_layer(layer: QuantizedLayer, bit_widths: Sequence[int] | None = None) -> nn.Module:
     """The packed form of one layer, or the layer itself with a fixed activation grid where its weight stays
     floating."""
     if layer.weight_quantizer is None:
         layer.eval()
         if layer.activation_quantizer is not None:
-            coding = layer.activation_coding(layer.weight)
-            layer.activation_quantizer = Fixed(coding.grid, coding.kind, coding.levels).eval()
+            layer.activation_quantizer = Fixed(*activation_at(layer, bit_widths), None, bit_widths).eval()
         return layer
-    return PackedConv2d.pack(layer) if isinstance(layer, QConv2d) else PackedLinear.pack(layer)  # type: ignore[arg-type]
+    pack = PackedConv2d.pack if isinstance(layer, QConv2d) else PackedLinear.pack
+    return pack(layer, bit_widths)  # type: ignore[arg-type]
 
 
 def switch_batch_norms(model: nn.Module, widths: Sequence[int]) -> nn.Module:
@@ -284,38 +308,63 @@ def switch_batch_norms(model: nn.Module, widths: Sequence[int]) -> nn.Module:
 Policy = Mapping[str, tuple[int | None, int | None]]
 
 
+class Change(NamedTuple):
+    """One part of a network and the bits that it shall have."""
+
+    check: Callable[[int], None]
+    apply: Callable[[int], None]
+    bits: int
+
+
 def set_bits(model: nn.Module, bits: int | Policy) -> nn.Module:
-    """Change the precision of a prepared model, in place; returns the model.
+    """Change the precision of a prepared or packed model, in place; returns the model.
 
     bits: an int for all weights, activations and switchable batch-norms, or {layer name: (weight bits, activation
     bits)}, None for one that stays; layers not named stay. A batch-norm goes with the weight of the last convolution
     or linear layer that is registered before it. A uniform quantizer keeps its range and changes its levels, one with
     something for each bit-width (PACT's and LSQ's per_bit) takes that; a mixture selects its member of that many bits.
-    Raises ValueError, before anything is changed, for a name that does not exist or bits that a quantizer or a
-    batch-norm cannot have.
+    Raises ValueError, before anything is changed, for a name that does not exist or bits that a quantizer, a packed
+    layer or a batch-norm cannot have.
     """
-    layers = quantized_layers(model, "set_bits")
+    changes = bits_changes(model, bits, quantized_layers(model, "set_bits", packed=True))
+    check_changes(changes)
+    with torch.no_grad():
+        for change in changes:
+            change.apply(change.bits)
+    return model
+
+
+def bits_changes(model: nn.Module, bits: int | Policy, layers: Mapping[str, nn.Module]) -> list[Change]:
+    """What `set_bits` has to do. Raises ValueError for a name that does not exist or a pair that is none."""
     policy: Policy = dict.fromkeys(layers, (bits, bits)) if isinstance(bits, int) else bits
-    changes: list[tuple[Quantizer | SwitchableBatchNorm2d, int]] = []
+    changes = []
     for name, pair in policy.items():
         if name not in layers:
             raise unknown_name("set_bits", name, layers)
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"set_bits: {name!r} needs (weight bits, activation bits), got {pair!r}")
-        layer = layers[name]
-        for quantizer, n in zip((layer.weight_quantizer, layer.activation_quantizer), pair, strict=True):
-            if quantizer is not None and n is not None:
-                changes.append((quantizer, n))
+        changes += [part for role, n in zip(ROLES, pair, strict=True) for part in layer_change(layers[name], role, n)]
     for layer_name, norm in switchable_norms(model):
         n = bits if isinstance(bits, int) else policy.get(layer_name, (None, None))[0]
         if n is not None:
-            changes.append((norm, n))
-    for module, n in changes:
-        module.check_bits(n)
-    with torch.no_grad():
-        for module, n in changes:
-            module.set_bits(n)
-    return model
+            changes.append(Change(norm.check_bits, norm.set_bits, n))
+    return changes
+
+
+def layer_change(layer: nn.Module, role: str, bits: int | None) -> list[Change]:
+    """The change of one operand of a layer; nothing where it floats or stays."""
+    if bits is None:
+        return []
+    if isinstance(layer, PackedLayer):
+        return [Change(functools.partial(layer.check_bits, role), functools.partial(layer.set_bits, role), bits)]
+    quantizer = getattr(layer, f"{role}_quantizer")
+    return [] if quantizer is None else [Change(quantizer.check_bits, quantizer.set_bits, bits)]
+
+
+def check_changes(changes: Iterable[Change]) -> None:
+    """Raises ValueError for the first that is impossible."""
+    for change in changes:
+        change.check(change.bits)
 
 
 def switchable_norms(model: nn.Module) -> list[tuple[str, SwitchableBatchNorm2d]]:

@@ -60,6 +60,16 @@ class SwitchableBatchNorm2d(nn.Module):
         """Give the batch-norm of `target` bits the parameters and statistics of that of `source` bits."""
         self.norms[str(target)].load_state_dict(self.norms[str(source)].state_dict())
 
+    def only(self, widths: Sequence[int]) -> SwitchableBatchNorm2d:
+        """The same batch-norms, not copies, of those bit-widths alone; the highest is in use. ValueError if one is
+        missing."""
+        for bits in widths:
+            self.check_bits(bits)
+        made = SwitchableBatchNorm2d(0, widths)
+        made.num_features = self.num_features
+        made.norms = nn.ModuleDict({str(bits): self.norms[str(bits)] for bits in made.widths})
+        return made.train(self.training)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         own = [key for key in state_dict if key.startswith(prefix)]
         if not any(key.startswith(prefix + "norms.") for key in own):

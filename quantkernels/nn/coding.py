@@ -24,6 +24,13 @@ class Coding(NamedTuple):
     levels: int
 
 
+class Widths(NamedTuple):
+    """Bit-widths of a layer that has several, highest first: of its weight, of its activation (None: it floats)."""
+
+    weight: list[int]
+    activation: list[int] | None
+
+
 class Epilogue(NamedTuple):
     """What follows the dot product, each float32 [out_channels] or None: + bias, * scale + shift."""
 

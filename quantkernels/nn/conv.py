@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..quantizers import Quantizer
-from .coding import NO_EPILOGUE, Coding, Epilogue, Geometry, conv_on_codes, conv_on_floats, pad_sides
+from .coding import NO_EPILOGUE, Coding, Epilogue, Geometry, Widths, conv_on_codes, conv_on_floats, pad_sides
 from .layer import QuantizedLayer
 from .packed import PackedLayer
 
@@ -102,14 +103,15 @@ class PackedConv2d(PackedLayer):
         weight: Coding,
         activation: Coding | None,
         epilogue: Epilogue = NO_EPILOGUE,
+        widths: Widths | None = None,
     ) -> None:
-        super().__init__(geometry.out_channels, geometry.row_length, planes, weight, activation, epilogue)
+        super().__init__(geometry.out_channels, geometry.row_length, planes, weight, activation, epilogue, widths)
         self.geometry = geometry
 
     @classmethod
-    def pack(cls, layer: QConv2d) -> PackedConv2d:
-        """The packed form of a layer as it is now. Raises what PackedLayer.parts_of raises."""
-        return cls(layer.geometry, *cls.parts_of(layer)).train(layer.training)
+    def pack(cls, layer: QConv2d, bit_widths: Sequence[int] | None = None) -> PackedConv2d:
+        """The packed form of a layer, as it is now or of several bit-widths. Raises what `parts_of` raises."""
+        return cls(layer.geometry, *cls.parts_of(layer, bit_widths)).train(layer.training)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -121,7 +123,7 @@ class PackedConv2d(PackedLayer):
         activation = self.activation
         if activation is None:
             return conv_on_floats(x, self.decode_for(x), self.geometry, self.epilogue)
-        return conv_on_codes(x, activation, self.planes, self.weight_coding, self.geometry, self.epilogue)
+        return conv_on_codes(x, activation, self.active_planes, self.weight_coding, self.geometry, self.epilogue)
 
     def extra_repr(self) -> str:
         """Shape, bits and what is folded in."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..quantizers import Quantizer
-from .coding import NO_EPILOGUE, Coding, Epilogue, linear_on_codes, linear_on_floats
+from .coding import NO_EPILOGUE, Coding, Epilogue, Widths, linear_on_codes, linear_on_floats
 from .layer import QuantizedLayer
 from .packed import PackedLayer
 
@@ -75,15 +76,16 @@ class PackedLinear(PackedLayer):
         weight: Coding,
         activation: Coding | None,
         epilogue: Epilogue = NO_EPILOGUE,
+        widths: Widths | None = None,
     ) -> None:
-        super().__init__(planes.shape[1], in_features, planes, weight, activation, epilogue)
+        super().__init__(planes.shape[1], in_features, planes, weight, activation, epilogue, widths)
         self.in_features = in_features
         self.out_features = planes.shape[1]
 
     @classmethod
-    def pack(cls, layer: QLinear) -> PackedLinear:
-        """The packed form of a layer as it is now. Raises what PackedLayer.parts_of raises."""
-        return cls(layer.in_features, *cls.parts_of(layer)).train(layer.training)
+    def pack(cls, layer: QLinear, bit_widths: Sequence[int] | None = None) -> PackedLinear:
+        """The packed form of a layer, as it is now or of several bit-widths. Raises what `parts_of` raises."""
+        return cls(layer.in_features, *cls.parts_of(layer, bit_widths)).train(layer.training)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -95,7 +97,7 @@ class PackedLinear(PackedLayer):
         activation = self.activation
         if activation is None:
             return linear_on_floats(x, self.decode_for(x), self.epilogue)
-        return linear_on_codes(x, activation, self.planes, self.weight_coding, self.epilogue)
+        return linear_on_codes(x, activation, self.active_planes, self.weight_coding, self.epilogue)
 
     def extra_repr(self) -> str:
         """Shape and bits."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 
 from ..ops import Kind
 from ..ops.planes import BitPlanes
-from .coding import Coding, Epilogue
+from ..quantizers import Quantizer
+from .coding import Coding, Epilogue, Widths
 from .layer import QuantizedLayer
 
 WORD = 32
@@ -43,6 +46,9 @@ class PackedLayer(nn.Module):
     shift float32 [out] or None. They keep their dtypes whatever the model is cast to; the output has the
     dtype of the input.
 
+    widths: bit-widths that the layer can be switched to (`set_bits`), for uniform codes. The planes are then those of
+    the highest one, of which each uses its first; grids have a leading dimension, one entry a bit-width.
+
     Raises ValueError where a buffer does not have the shape that the kernels rely on.
     """
 
@@ -61,11 +67,14 @@ class PackedLayer(nn.Module):
         weight: Coding,
         activation: Coding | None,
         epilogue: Epilogue,
+        widths: Widths | None = None,
     ) -> None:
         super().__init__()
+        self.widths = widths
         bits = plane_count(weight.kind, weight.levels)
         check_tensor("planes", planes, torch.int32, (bits, out, -(-row_length // WORD)))
-        check_tensor("weight grid", weight.grid, torch.float32, (1, 3), (out, 3))
+        several = () if widths is None else (len(widths.weight),)
+        check_tensor("weight grid", weight.grid, torch.float32, (*several, 1, 3), (*several, out, 3))
         for name, value in epilogue._asdict().items():
             if value is not None:
                 check_tensor(name, value, torch.float32, (out,))
@@ -73,9 +82,14 @@ class PackedLayer(nn.Module):
         self.activation_kind, self.activation_levels = -1, 0
         if activation is not None:
             plane_count(activation.kind, activation.levels)
-            check_tensor("activation grid", activation.grid, torch.float32, (1, 3))
+            several = () if widths is None else (len(widths.activation or ()),)
+            check_tensor("activation grid", activation.grid, torch.float32, (*several, 1, 3))
             self.activation_kind, self.activation_levels = int(activation.kind), int(activation.levels)
         self.folded: str | None = None
+        self.weight_bits = bits
+        """Bits of a weight code in use; there may be more planes where there are several `widths`."""
+        self.activation_bits = None if activation is None else plane_count(activation.kind, activation.levels)
+        """Bits of an input code in use, None where the input stays floating."""
         self.register_buffer("planes", planes)
         self.register_buffer("weight_grid", weight.grid)
         self.register_buffer("activation_grid", None if activation is None else activation.grid)
@@ -83,51 +97,66 @@ class PackedLayer(nn.Module):
             self.register_buffer(name, value)
 
     @staticmethod
-    def parts_of(layer: QuantizedLayer) -> tuple[Tensor, Coding, Coding | None, Epilogue]:
-        """planes, weight coding, activation coding and epilogue of a quantized layer as it is now.
+    @torch.no_grad()
+    def parts_of(
+        layer: QuantizedLayer, bit_widths: Sequence[int] | None = None
+    ) -> tuple[Tensor, Coding, Coding | None, Epilogue, Widths | None]:
+        """planes, weight coding, activation coding, epilogue and widths of a quantized layer as it is now.
 
-        Raises RuntimeError for a mixture that was not selected or an activation quantizer without statistics.
+        bit_widths: highest first, to have them all in one layer; None for the present bits alone.
+        Raises RuntimeError for a mixture that was not selected or an activation quantizer without statistics,
+        ValueError where the weight's codes of different bit-widths are not nested or codes are not uniform.
         """
-        with torch.no_grad():
-            planes, weight = layer.pack()
-            activation = None
-            if layer.activation_quantizer is not None:
-                was_training = layer.activation_quantizer.training
-                layer.activation_quantizer.eval()
-                try:
-                    activation = layer.activation_coding(layer.weight)  # eval grids do not depend on the tensor
-                finally:
-                    layer.activation_quantizer.train(was_training)
-                activation = activation._replace(grid=activation.grid.clone())
-            bias = None if layer.bias is None else layer.bias.detach().float().clone()
-            return planes, weight._replace(grid=weight.grid.clone()), activation, Epilogue(bias)
+        planes, weight = weight_at(layer, bit_widths)
+        activation = None if layer.activation_quantizer is None else activation_at(layer, bit_widths)
+        widths = None
+        if bit_widths is not None:
+            widths = Widths(list(bit_widths), None if activation is None else list(bit_widths))
+        bias = None if layer.bias is None else layer.bias.detach().float().clone()
+        return planes, weight, activation, Epilogue(bias), widths
 
     @property
     def weight_coding(self) -> Coding:
-        """How the planes decode."""
-        return Coding(self.weight_grid, self.weight_kind, self.weight_levels)
+        """How the planes in use decode."""
+        if self.widths is None:
+            return Coding(self.weight_grid, self.weight_kind, self.weight_levels)
+        grid = self.weight_grid[self.widths.weight.index(self.weight_bits)]
+        return Coding(grid, self.weight_kind, 2**self.weight_bits - 1)
+
+    @property
+    def active_planes(self) -> Tensor:
+        """int32 [weight_bits, out, words]: the planes in use."""
+        return self.planes[: self.weight_bits]
 
     @property
     def activation(self) -> Coding | None:
         """How the input is encoded, or None where it stays floating."""
-        if self.activation_grid is None:
+        if self.activation_grid is None or self.activation_bits is None:
             return None
-        return Coding(self.activation_grid, self.activation_kind, self.activation_levels)
+        if self.widths is None or self.widths.activation is None:
+            return Coding(self.activation_grid, self.activation_kind, self.activation_levels)
+        grid = self.activation_grid[self.widths.activation.index(self.activation_bits)]
+        return Coding(grid, self.activation_kind, 2**self.activation_bits - 1)
+
+    def check_bits(self, role: str, bits: int) -> None:
+        """Raises ValueError unless `set_bits(role, bits)` is possible."""
+        present = self.weight_bits if role == "weight" else self.activation_bits
+        several = None if self.widths is None else getattr(self.widths, role)
+        if present is not None and bits not in (several or [present]):
+            raise ValueError(f"set_bits: the packed layer has {several or present} {role} bits, not {bits}")
+
+    def set_bits(self, role: str, bits: int) -> None:
+        """Use that many bits of the "weight" or "activation" codes; an activation that floats goes on floating."""
+        self.check_bits(role, bits)
+        if role == "weight":
+            self.weight_bits = bits
+        elif self.activation_bits is not None:
+            self.activation_bits = bits
 
     @property
     def epilogue(self) -> Epilogue:
         """Bias, scale and shift."""
         return Epilogue(self.bias, self.scale, self.shift)
-
-    @property
-    def weight_bits(self) -> int:
-        """Planes of the weight."""
-        return self.planes.shape[0]
-
-    @property
-    def activation_bits(self) -> int | None:
-        """Bits of an input code, None where the input stays floating."""
-        return None if self.activation_grid is None else plane_count(self.activation_kind, self.activation_levels)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -136,9 +165,9 @@ class PackedLayer(nn.Module):
 
     def weight_planes(self) -> BitPlanes:
         """The weight as BitPlanes; `.decode()` is the float weight."""
-        axis = None if self.weight_grid.shape[0] == 1 else 0
-        shape = torch.Size(self.weight_shape)
-        return BitPlanes(self.planes, self.weight_grid, self.weight_kind, self.weight_levels, shape, axis)
+        grid, kind, levels = self.weight_coding
+        axis = None if grid.shape[0] == 1 else 0
+        return BitPlanes(self.active_planes, grid, kind, levels, torch.Size(self.weight_shape), axis)
 
     def decode_for(self, x: Tensor) -> Tensor:
         """The float weight in the dtype of x."""
@@ -165,4 +194,56 @@ class PackedLayer(nn.Module):
         """Bits, grids and what is folded in."""
         activation = "float" if self.activation_bits is None else f"{self.activation_bits} bits"
         text = f"weight={self.weight_bits} bits, activation={activation}, bias={self.bias is not None}"
-        return text + (", folded" if self.scale is not None else "")
+        several = "" if self.widths is None else f", of {self.widths.weight}"
+        return text + several + (", folded" if self.scale is not None else "")
+
+
+def weight_at(layer: QuantizedLayer, bit_widths: Sequence[int] | None) -> tuple[Tensor, Coding]:
+    """Planes and coding of a layer's weight; of several bit-widths the planes of the highest and all the grids."""
+    quantizer = layer.weight_quantizer
+    assert quantizer is not None
+    if bit_widths is None:
+        planes, coding = layer.pack()
+        return planes, coding._replace(grid=coding.grid.clone())
+    if not quantizer.nested:
+        raise ValueError(
+            f"convert: bit_widths needs weights whose codes are nested, such as ModifiedDoReFa's, got "
+            f"{type(quantizer).__name__}: convert without it packs the precision that the network has now"
+        )
+    with present_bits(quantizer):
+        grids = []
+        for bits in reversed(bit_widths):  # ends with the highest
+            quantizer.set_bits(bits)
+            planes, coding = layer.pack()
+            grids.append(coding.grid)
+        return planes, coding._replace(grid=torch.stack(grids[::-1]))
+
+
+def activation_at(layer: QuantizedLayer, bit_widths: Sequence[int] | None) -> Coding:
+    """The coding of a layer's input in eval; of several bit-widths that of the highest, with all the grids."""
+    quantizer = layer.activation_quantizer
+    assert quantizer is not None
+    with present_bits(quantizer):
+        codings = []
+        for bits in bit_widths or [quantizer.bits]:
+            if bit_widths is not None:
+                quantizer.set_bits(bits)
+            codings.append(layer.activation_coding(layer.weight))  # eval grids do not depend on the tensor
+        if bit_widths is None:
+            return codings[0]._replace(grid=codings[0].grid.clone())
+        if any(coding.kind != Kind.UNIFORM for coding in codings):
+            raise ValueError(f"convert: bit_widths needs uniform activation codes, got {type(quantizer).__name__}")
+        return codings[0]._replace(grid=torch.stack([coding.grid for coding in codings]))
+
+
+@contextmanager
+def present_bits(quantizer: Quantizer) -> Iterator[None]:
+    """In eval inside; afterwards the mode and the bits are as they were."""
+    bits, training = quantizer.bits, quantizer.training
+    quantizer.eval()
+    try:
+        yield
+    finally:
+        quantizer.train(training)
+        if quantizer.bits != bits:
+            quantizer.set_bits(bits)

@@ -51,6 +51,8 @@ class Quantizer(nn.Module):
     """Whether `batch_grid` reads `ops.channel_stats` of the tensor."""
     learned = False
     """Whether the grid comes from parameters, so that there is nothing to track."""
+    nested = False
+    """Whether the code with fewer bits is the first bits of that with more, so that planes are shared."""
 
     running_grid: Tensor | None
 

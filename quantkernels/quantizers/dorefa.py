@@ -104,6 +104,8 @@ class NestedDoReFa(Quantizer):
     does this to the last layer, which no batch-norm follows.
     """
 
+    nested = True
+
     def __init__(self, bits: int, highest: int = 8, rescale: bool = False) -> None:
         name = type(self).__name__
         uniform_levels(f"{name}(highest=...)", highest)
