@@ -21,7 +21,7 @@ ptxas info    : Function properties for _Z3twoPf
 ptxas info    : Used 64 registers, used 0 barriers, 24 bytes cumulative stack size
 """
 WIDE = "LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;\n STG.E.128 desc[UR4][R2.64], R4 ;"
-NAME = "runs_kernel<AttentionForward<float, 4, true> >"
+NAME = "runs_kernel<AttentionForward<float, 4> >"
 
 
 def test_the_report_of_ptxas_is_read() -> None:

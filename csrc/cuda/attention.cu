@@ -20,22 +20,20 @@ Members<kMax> members_of(const AttentionArgs& args) {
   return members;
 }
 
-// Calls f.template operator()<kMax, kUniform>() with the smallest kernel that has room for the members.
+// Calls f.template operator()<kMax>() with the smaller kernel that has room for the members.
 template <class F>
 void with_members(const AttentionArgs& args, const F& f) {
-  if (args.count > 4) return f.template operator()<kMaxQuantizers, false>();
-  const bool uniform = std::all_of(args.kinds, args.kinds + args.count, [](Kind kind) { return kind == Kind::kUniform; });
-  return uniform ? f.template operator()<4, true>() : f.template operator()<4, false>();
+  args.count > 4 ? f.template operator()<kMaxQuantizers>() : f.template operator()<4>();
 }
 
 }  // namespace
 
 void attention_quantize_forward(const AttentionArgs& args, const Context& context) {
   with_type(args.dtype, [&]<class T>(T*) {
-    with_members(args, [&]<int kMax, bool kUniform>() {
-      traverse(context, args.layout,
-               AttentionForward<T, kMax, kUniform>{
-                   {static_cast<const T*>(args.x)}, static_cast<T*>(args.out), members_of<kMax>(args), {}});
+    with_members(args, [&]<int kMax>() {
+      traverse(
+          context, args.layout,
+          AttentionForward<T, kMax>{{static_cast<const T*>(args.x)}, static_cast<T*>(args.out), members_of<kMax>(args), {}});
     });
   });
 }
@@ -45,16 +43,14 @@ void attention_quantize_backward(const AttentionArgs& args, const Context& conte
   // A single channel's contribution to the gradient of attention is that gradient.
   float* const contribution = channels > 1 ? context.workspace(channels * kMaxQuantizers) : args.grad_attention;
   with_type(args.dtype, [&]<class T>(T*) {
-    with_members(args, [&]<int kMax, bool kUniform>() {
+    with_members(args, [&]<int kMax>() {
       const Members<kMax> members = members_of<kMax>(args);
       AttentionSums<kMax> sums{{}, members.count, channels, {}, args.grids, args.sums, contribution};
       std::copy_n(members.kinds, kMax, sums.kinds);
-      const auto run = [&]<class Result>(Result* out) {
-        traverse(context, args.layout,
-                 AttentionBackward<T, Result, kMax, kUniform>{
-                     {static_cast<const T*>(args.grad), static_cast<const T*>(args.x)}, out, members, sums});
-      };
-      args.out ? run(static_cast<T*>(args.out)) : run(static_cast<void*>(nullptr));
+      traverse(
+          context, args.layout,
+          AttentionBackward<T, kMax>{
+              {static_cast<const T*>(args.grad), static_cast<const T*>(args.x)}, static_cast<T*>(args.out), members, sums});
     });
   });
   if (channels > 1)

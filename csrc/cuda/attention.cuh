@@ -43,14 +43,14 @@ __device__ __forceinline__ ChannelMembers<kMax> load_members(const Members<kMax>
   return p;
 }
 
-// kUniform: all members are; the common case needs no branches.
-template <class Element, int kMax, bool kUniform>
+// Neighbouring elements share each member's branches.
+template <class Element, int kMax>
 struct AttentionForward {
   using T = Element;
   using Out = Element;
   using Reduction = NoReduction;
   using Params = ChannelMembers<kMax>;
-  static constexpr int kInputs = 1, kUnroll = 4, kMinBlocks = kMax > 4 ? 2 : 4;
+  static constexpr int kInputs = 1, kUnroll = kMax > 4 ? 2 : 4, kMinBlocks = kMax > 4 ? 3 : 4;
   static constexpr bool kWideColumns = false;  // the parameters of a pack of columns would not fit in registers
 
   const T* in[1];  // x [outer, channels, inner]
@@ -59,20 +59,26 @@ struct AttentionForward {
   Reduction reduction;
 
   __device__ Params params(int64_t channel) const { return load_members(members, channel); }
-  __device__ __forceinline__ float operator()(const float (&x)[1], const Params& p, float*) const {
-    float q = p.base;
+  template <int kSize>
+  __device__ __forceinline__ void all(const float (&in)[1][kSize], const Params& p, float*, float (&q)[kSize]) const {
+    const auto& x = in[0];
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) q[e] = p.base;
 #pragma unroll
     for (int k = 0; k < kMax; ++k) {
       if (k >= members.count) continue;
       const auto& m = p.member[k];
-      const Kind kind = kUniform ? Kind::kUniform : members.kinds[k];
-      if (kind == Kind::kIdentity) {
-        q = q + m.attention * x[0];
-      } else {
-        q = q + m.weight * qk::encode(kind, x[0], m.channel.grid, m.channel.inverse, members.levels[k]);
-      }
+      with_any_kind(members.kinds[k], [&]<Kind kKind>() {
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) {
+          if constexpr (kKind == Kind::kIdentity) {
+            q[e] = q[e] + m.attention * x[e];
+          } else {
+            q[e] = q[e] + m.weight * code_of<kKind>(x[e], m.channel, members.levels[k]);
+          }
+        }
+      });
     }
-    return q;
   }
 };
 
@@ -101,14 +107,14 @@ struct AttentionSums : Additive<1 + 4 * kMax> {
   }
 };
 
-// Result void: grad_attention is all that is wanted.
-template <class Element, class Result, int kMax, bool kUniform>
+// Out null: grad_attention is all that is wanted.
+template <class Element, int kMax>
 struct AttentionBackward {
   using T = Element;
-  using Out = Result;
+  using Out = Element;
   using Reduction = AttentionSums<kMax>;
   using Params = ChannelMembers<kMax>;
-  static constexpr int kInputs = 2, kUnroll = 2, kMinBlocks = 2;
+  static constexpr int kInputs = 2, kUnroll = kMax > 4 ? 1 : 2, kMinBlocks = kMax > 4 ? 2 : 3;
   static constexpr bool kWideColumns = false;
 
   const T* in[2];  // grad, x [outer, channels, inner]
@@ -117,30 +123,46 @@ struct AttentionBackward {
   Reduction reduction;
 
   __device__ Params params(int64_t channel) const { return load_members(members, channel); }
-  __device__ __forceinline__ float operator()(const float (&in)[2], const Params& p, float* sums) const {
-    const float g = in[0], x = in[1];
-    float slope = 0.0f;
-    sums[0] += g;
+  template <int kSize>
+  __device__ __forceinline__ void all(const float (&in)[2][kSize], const Params& p, float* sums,
+                                      float (&grad_x)[kSize]) const {
+    const auto &g = in[0], &x = in[1];
+    float slope[kSize] = {};
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) sums[0] += g[e];
 #pragma unroll
     for (int k = 0; k < kMax; ++k) {
       if (k >= members.count) continue;
       const auto& m = p.member[k];
       float* const mine = sums + 1 + 4 * k;
-      const Kind kind = kUniform ? Kind::kUniform : members.kinds[k];
-      bool passes = true;
-      if (kind == Kind::kIdentity) {
-        mine[0] += g * x;
-      } else if (kind == Kind::kUniform) {
-        const float position = grid_position(x, m.channel.grid.offset, m.channel.inverse), levels = members.levels[k];
-        mine[0] += g * uniform_code(position, levels);
-        if (members.stes[k] == Ste::kClip) passes = straight_through<false>(g, position, levels, mine + 1);
-        if (members.stes[k] == Ste::kFull) passes = straight_through<true>(g, position, levels, mine + 1);
-      } else {
-        mine[0] += g * qk::encode(kind, x, m.channel.grid, m.channel.inverse, members.levels[k]);
-      }
-      slope = slope + (passes ? m.attention : 0.0f);
+      with_any_kind(members.kinds[k], [&]<Kind kKind>() {
+        if constexpr (kKind == Kind::kUniform) {
+          if (members.stes[k] == Ste::kClip) return uniform<true>(g, x, m, members.levels[k], mine, slope);
+          if (members.stes[k] == Ste::kFull) return uniform<false>(g, x, m, members.levels[k], mine, slope);
+        }
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) {
+          const float term = kKind == Kind::kIdentity ? x[e] : code_of<kKind>(x[e], m.channel, members.levels[k]);
+          mine[0] = fmaf(g[e], term, mine[0]);
+          slope[e] = slope[e] + m.attention;
+        }
+      });
     }
-    return g * slope;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) grad_x[e] = g[e] * slope[e];
+  }
+
+ private:
+  // A uniform member whose range learns.
+  template <bool kClip, int kSize, class Member>
+  static __device__ __forceinline__ void uniform(const float (&g)[kSize], const float (&x)[kSize], const Member& m,
+                                                 float levels, float* mine, float (&slope)[kSize]) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const float position = grid_position(x[e], m.channel.grid.offset, m.channel.inverse);
+      mine[0] = fmaf(g[e], uniform_code(position, levels), mine[0]);
+      slope[e] = slope[e] + (straight_through<!kClip>(g[e], position, levels, mine + 1) ? m.attention : 0.0f);
+    }
   }
 };
 

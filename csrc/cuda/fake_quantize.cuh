@@ -36,7 +36,7 @@ struct FakeQuantizeForward {
 
   __device__ Params params(int64_t channel) const { return load_channel(grid, channel); }
   __device__ __forceinline__ float operator()(const float (&x)[1], const Params& c, float*) const {
-    const float code = qk::encode(kKind, x[0], c.grid, c.inverse, levels);
+    const float code = code_of<kKind>(x[0], c, levels);
     return std::is_same_v<Out, uint8_t> ? code : decode(code, c.grid);
   }
 };

@@ -1,7 +1,7 @@
 #pragma once
 // Device code of the statistics: passes that only read.
 
-#include "core/quantizer.h"
+#include "cuda/tile/channel.cuh"
 #include "cuda/tile/traverse.cuh"
 
 namespace qk::cuda {

@@ -1,9 +1,10 @@
 #pragma once
-// A channel's quantizer in registers.
+// A channel's quantizer in registers, and the codes that it gives: core/quantizer.h in the instructions of the device.
 
 #include <cuda_runtime.h>
 
 #include "core/quantizer.h"
+#include "cuda/ptx/clamp.cuh"
 
 namespace qk::cuda {
 
@@ -16,6 +17,19 @@ __device__ __forceinline__ Channel load_channel(const float* __restrict__ grid, 
                                                 int64_t channel) {
   const float* const row = grid + channel * kGridColumns;
   return {{row[0], row[1], row[2]}, inverse_step(row[1])};
+}
+
+__device__ __forceinline__ float clamp_code(float v, float levels) { return ptx::min_nan(ptx::max_nan(v, 0.0f), levels); }
+
+__device__ __forceinline__ float uniform_code(float position, float levels) {
+  return round_to_even(clamp_code(position, levels));
+}
+
+// The code of x as a float.
+template <Kind kKind>
+__device__ __forceinline__ float code_of(float x, const Channel& c, float levels) {
+  if constexpr (kKind == Kind::kUniform) return uniform_code(grid_position(x, c.grid.offset, c.inverse), levels);
+  return kKind == Kind::kBinary ? binary_code(x) : ternary_code(x, c.grid.threshold);
 }
 
 // Calls f.template operator()<kKind>() for a kind that has codes.
@@ -31,6 +45,15 @@ void with_kind(Kind kind, const F& f) {
     case Kind::kIdentity:
       return;  // refused by csrc/ops
   }
+}
+
+// The same in device code, and for the identity, which has none.
+template <class F>
+__device__ __forceinline__ void with_any_kind(Kind kind, const F& f) {
+  if (kind == Kind::kUniform) return f.template operator()<Kind::kUniform>();
+  if (kind == Kind::kBinary) return f.template operator()<Kind::kBinary>();
+  if (kind == Kind::kTernary) return f.template operator()<Kind::kTernary>();
+  f.template operator()<Kind::kIdentity>();
 }
 
 }  // namespace qk::cuda

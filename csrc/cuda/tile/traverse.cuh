@@ -9,6 +9,11 @@
 //   const T* in[kInputs]; Out* out; Reduction reduction;
 //   Params params(int64_t channel) const
 //   float operator()(const float (&in)[kInputs], const Params&, float* sums) const      its result is stored
+//
+// or, in place of the last one, for several elements with the same parameters, so that what they decide is decided once:
+//
+//   void all(const float (&in)[kInputs][kSize], const Params&, float* sums, float (&out)[kSize]) const, for every kSize.
+//       An input of zeros adds nothing to the sums. Out may be null: nothing is written then.
 
 #include <type_traits>
 
@@ -20,51 +25,101 @@ namespace qk::cuda {
 template <class Op>
 inline constexpr Shape kShapeOf = {kPackSize<typename Op::T>, Op::kWideColumns ? kPackSize<typename Op::T> : 1, Op::kUnroll};
 
-// kPacks packs of kSize elements, at base, base + stride, ...: whole ones if kWhole, else the elements [lo, hi) counted from
-// base. Parameters and sums are those of the whole pack, or one for each element. All loads come before the first use.
-template <int kSize, int kPacks, bool kWhole, class Op, int kChannels>
-__device__ __forceinline__ void process_packs(const Op& op, int64_t base, int64_t stride, int lo, int hi,
-                                              const typename Op::Params (&params)[kChannels],
-                                              Accumulators<typename Op::Reduction> (&sums)[kChannels]) {
-  using T = typename Op::T;
-  using Out = typename Op::Out;
-  Pack<T, kSize> in[kPacks][Op::kInputs];
+template <class Op>
+concept TakesAll = requires(const Op& op, const float (&in)[Op::kInputs][1], const typename Op::Params& params, float* sums,
+                            float (&out)[1]) { op.all(in, params, sums, out); };
+
+// The elements [lo, hi) of a pack. Parameters and sums are those of the whole pack, or one for each element.
+template <bool kWhole, class Op, int kSize, int kChannels>
+__device__ __forceinline__ void compute(const Op& op, const Pack<typename Op::T, kSize> (&in)[Op::kInputs], int lo, int hi,
+                                        const typename Op::Params (&params)[kChannels],
+                                        Accumulators<typename Op::Reduction> (&sums)[kChannels], float (&out)[kSize]) {
+  if constexpr (TakesAll<Op>) {
+    static_assert(kChannels == 1);
+    constexpr int kAtOnce = kSize < 4 ? kSize : 4;  // more would cost registers, and save few branches
 #pragma unroll
-  for (int u = 0; u < kPacks; ++u)
+    for (int first = 0; first < kSize; first += kAtOnce) {
+      float values[Op::kInputs][kAtOnce], results[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < Op::kInputs; ++i) in[u][i] = load_pack<T, kSize, kWhole>(op.in[i] + base + u * stride, lo, hi);
+      for (int i = 0; i < Op::kInputs; ++i)
 #pragma unroll
-  for (int u = 0; u < kPacks; ++u) {
-    [[maybe_unused]] Pack<std::conditional_t<std::is_void_v<Out>, T, Out>, kSize> out{};
+        for (int e = 0; e < kAtOnce; ++e) values[i][e] = to_float(in[i].v[first + e]);
+      op.all(values, params[0], sums[0].v, results);
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) out[first + e] = results[e];
+    }
+  } else {
 #pragma unroll
     for (int e = 0; e < kSize; ++e) {
       if (!kWhole && (e < lo || e >= hi)) continue;
       float value[Op::kInputs];
 #pragma unroll
-      for (int i = 0; i < Op::kInputs; ++i) value[i] = to_float(in[u][i].v[e]);
+      for (int i = 0; i < Op::kInputs; ++i) value[i] = to_float(in[i].v[e]);
       constexpr bool kShared = kChannels == 1;
-      const float result = op(value, params[kShared ? 0 : e], sums[kShared ? 0 : e].v);
-      if constexpr (!std::is_void_v<Out>) out.v[e] = from_float<Out>(result);
+      out[e] = op(value, params[kShared ? 0 : e], sums[kShared ? 0 : e].v);
     }
-    if constexpr (!std::is_void_v<Out>) store_pack<Out, kSize, kWhole>(op.out + base + u * stride, out, lo, hi);
   }
 }
 
-// A thread's Op::kUnroll packs: together if all are whole, else one by one, which keeps registers free.
+template <bool kWhole, class Op, int kSize>
+__device__ __forceinline__ void store(const Op& op, int64_t at, const float (&values)[kSize], int lo, int hi) {
+  using Out = typename Op::Out;
+  if constexpr (!std::is_void_v<Out>) {
+    if (TakesAll<Op> && op.out == nullptr) return;
+    Pack<Out, kSize> out{};
+#pragma unroll
+    for (int e = 0; e < kSize; ++e)
+      if (kWhole || (e >= lo && e < hi)) out.v[e] = from_float<Out>(values[e]);
+    store_pack<Out, kSize, kWhole>(op.out + at, out, lo, hi);
+  }
+}
+
+// kPacks whole packs of kSize elements, at base, base + stride, ... All loads come before the first use.
+template <int kSize, class Op, int kChannels>
+__device__ __forceinline__ void process_packs(const Op& op, int64_t base, int64_t stride,
+                                              const typename Op::Params (&params)[kChannels],
+                                              Accumulators<typename Op::Reduction> (&sums)[kChannels]) {
+  using T = typename Op::T;
+  Pack<T, kSize> in[Op::kUnroll][Op::kInputs];
+#pragma unroll
+  for (int u = 0; u < Op::kUnroll; ++u)
+#pragma unroll
+    for (int i = 0; i < Op::kInputs; ++i) in[u][i] = load_pack<T, kSize, true>(op.in[i] + base + u * stride, 0, kSize);
+#pragma unroll
+  for (int u = 0; u < Op::kUnroll; ++u) {
+    float out[kSize];
+    compute<true>(op, in[u], 0, kSize, params, sums, out);
+    store<true>(op, base + u * stride, out, 0, kSize);
+  }
+}
+
+// One pack, or the elements [lo, hi) of it: the ends of runs, and whatever is not aligned.
+template <int kSize, class Op, int kChannels>
+__device__ __forceinline__ void process_pack(const Op& op, int64_t base, bool whole, int lo, int hi,
+                                             const typename Op::Params (&params)[kChannels],
+                                             Accumulators<typename Op::Reduction> (&sums)[kChannels]) {
+  using T = typename Op::T;
+  Pack<T, kSize> in[Op::kInputs];
+#pragma unroll
+  for (int i = 0; i < Op::kInputs; ++i) {
+    const T* const p = op.in[i] + base;
+    in[i] = whole ? load_pack<T, kSize, true>(p, lo, hi) : load_pack<T, kSize, false>(p, lo, hi);
+  }
+  float out[kSize];
+  compute<false>(op, in, lo, hi, params, sums, out);
+  whole ? store<true>(op, base, out, lo, hi) : store<false>(op, base, out, lo, hi);
+}
+
+// A thread's Op::kUnroll packs: together if all are whole, else one by one.
 template <int kSize, class Op, int kChannels>
 __device__ __forceinline__ void process(const Op& op, bool all_whole, int64_t base, int64_t stride, int64_t lo, int64_t hi,
                                         bool aligned, const typename Op::Params (&params)[kChannels],
                                         Accumulators<typename Op::Reduction> (&sums)[kChannels]) {
-  if (all_whole) return process_packs<kSize, Op::kUnroll, true>(op, base, stride, 0, kSize, params, sums);
+  if (all_whole) return process_packs<kSize>(op, base, stride, params, sums);
 #pragma unroll 1
-  for (int u = 0; u < Op::kUnroll && hi > 0; ++u, base += stride, lo -= stride, hi -= stride) {
-    if (aligned && lo <= 0 && hi >= kSize) {
-      process_packs<kSize, 1, true>(op, base, 0, 0, kSize, params, sums);
-    } else {
-      process_packs<kSize, 1, false>(op, base, 0, static_cast<int>(max(lo, int64_t{0})),
-                                     static_cast<int>(min(hi, int64_t{kSize})), params, sums);
-    }
-  }
+  for (int u = 0; u < Op::kUnroll && hi > 0; ++u, base += stride, lo -= stride, hi -= stride)
+    process_pack<kSize>(op, base, aligned && lo <= 0 && hi >= kSize, static_cast<int>(max(lo, int64_t{0})),
+                        static_cast<int>(min(hi, int64_t{kSize})), params, sums);
 }
 
 template <class Op>
