@@ -12,8 +12,6 @@ foreach(name context ${QK_CUDA_FAMILIES})
   file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/emu/${name}.cpp" CONTENT "#include \"cuda/${name}.cu\"\n")
   list(APPEND kernels "${CMAKE_BINARY_DIR}/emu/${name}.cpp")
 endforeach()
-file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/emu/planted.cpp" CONTENT "#include \"${CMAKE_SOURCE_DIR}/tests/emu/planted.cu\"\n")
-
 add_library(qk_emu_options INTERFACE)
 target_include_directories(qk_emu_options INTERFACE csrc/emu/include csrc)
 # -U_FORTIFY_SOURCE: its longjmp refuses to go from one fiber to another.
@@ -37,7 +35,11 @@ add_library(quantkernels_emu MODULE csrc/ops/register_emu.cpp $<TARGET_OBJECTS:q
 target_link_libraries(quantkernels_emu PRIVATE qk_torch qk_emu_options qk_warnings ${CMAKE_DL_LIBS} "-Wl,-Bsymbolic")
 set_target_properties(quantkernels_emu PROPERTIES PREFIX "" LIBRARY_OUTPUT_DIRECTORY "${QK_OUTPUT_DIR}")
 
-add_executable(emu_planted "${CMAKE_BINARY_DIR}/emu/planted.cpp" $<TARGET_OBJECTS:qk_emu_scheduler>)
-target_link_libraries(emu_planted PRIVATE qk_emu_options qk_warnings ${CMAKE_DL_LIBS})
-target_compile_options(emu_planted PRIVATE -fsanitize=bounds-strict -fsanitize-recover=bounds-strict)
-set_target_properties(emu_planted PROPERTIES ENABLE_EXPORTS ON CXX_VISIBILITY_PRESET default)
+# Kernels of the tests: with planted bugs, and what the wrappers of csrc/cuda/ptx compute.
+foreach(name planted conformance)
+  file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/emu/${name}.cpp" CONTENT "#include \"${CMAKE_SOURCE_DIR}/tests/emu/${name}.cu\"\n")
+  add_executable(emu_${name} "${CMAKE_BINARY_DIR}/emu/${name}.cpp" $<TARGET_OBJECTS:qk_emu_scheduler>)
+  target_link_libraries(emu_${name} PRIVATE qk_emu_options qk_warnings ${CMAKE_DL_LIBS})
+  target_compile_options(emu_${name} PRIVATE -fsanitize=bounds-strict -fsanitize-recover=bounds-strict)
+  set_target_properties(emu_${name} PROPERTIES ENABLE_EXPORTS ON CXX_VISIBILITY_PRESET default)
+endforeach()

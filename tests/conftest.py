@@ -20,8 +20,21 @@ if not torch.cuda.is_available():
 from quantkernels.testing import BACKENDS, Backend
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    names = [b.name for b in BACKENDS]
+    parser.addoption("--backend", action="append", choices=names, help="run on this one alone (may be repeated)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ops(*names): the ops that a test's backend must have")
+    for b in chosen(config):
+        if config.getoption("backend") and b.missing:
+            raise pytest.UsageError(f"--backend {b}: {b.missing}")
+
+
+def chosen(config: pytest.Config) -> list[Backend]:
+    wanted = config.getoption("backend")
+    return [b for b in BACKENDS if not wanted or b.name in wanted]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -29,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marker = metafunc.definition.get_closest_marker("ops")
         ops = marker.args if marker else ()
         # The CPU runs every op: one that is missing there fails.
-        usable = [b for b in BACKENDS if b.missing is None and (b.name == "cpu" or b.has(*ops))]
+        usable = [b for b in chosen(metafunc.config) if b.missing is None and (b.name == "cpu" or b.has(*ops))]
         metafunc.parametrize("backend", usable, ids=str)
 
 

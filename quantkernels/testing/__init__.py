@@ -1,19 +1,23 @@
 """What tests and benchmarks of the ops share: the backends, problems to run on them, and how results are compared."""
 
 from .backends import BACKENDS, Backend
+from .calls import ARGUMENTS, Call, calls
 from .compare import assert_bit_equal, assert_sums_close, sum_tolerance
 from .inputs import AttentionProblem, Problem, attention_problems, lay_out, pairwise, problems
 from .lowbit import LowbitProblem
 
 __all__ = [
+    "ARGUMENTS",
     "BACKENDS",
     "AttentionProblem",
     "Backend",
+    "Call",
     "LowbitProblem",
     "Problem",
     "assert_bit_equal",
     "assert_sums_close",
     "attention_problems",
+    "calls",
     "lay_out",
     "pairwise",
     "problems",

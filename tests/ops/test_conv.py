@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from properties import assume, given, settings, st
 from torch.library import opcheck
 from torch.nn import functional
 

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from torch.library import opcheck
 
 from quantkernels import build_info, ops, reference

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
+from properties import given, settings, st
 
 import quantkernels as qk
 from quantkernels.ops.planes import from_rows, to_rows
@@ -36,8 +35,8 @@ def problems(draw):
     return torch.tensor(values, dtype=torch.float32).reshape(shape).to(dtype), axis
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
-@hypothesis.given(problem=problems(), name=st.sampled_from(sorted(MAKERS)), bits=st.integers(1, 8))
+@settings(max_examples=40, deadline=None)
+@given(problem=problems(), name=st.sampled_from(sorted(MAKERS)), bits=st.integers(1, 8))
 def test_decode_of_encode_is_forward(problem, name, bits):
     x, axis = problem
     quantizer = MAKERS[name](bits, axis)
