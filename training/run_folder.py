@@ -14,6 +14,7 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -165,11 +166,18 @@ class RunFolder:
 
 
 def load_state(model: nn.Module, path: Path) -> None:
-    """Load a state dict from a safetensors file. Raises UserError for a damaged file or another network's."""
+    """Load a state dict from a safetensors file, or from a .pth file of torch (of which tensors alone are read).
+
+    Raises UserError for a damaged file or another network's.
+    """
+    pickled = path.suffix in (".pth", ".pt")
     try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
-    except RuntimeError as error:
+        state = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        kind = "PyTorch" if pickled else "safetensors"
+        raise UserError(f"{path} cannot be read as a {kind} file: {' '.join(str(error).split())}") from error
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for ")
         raise UserError(f"{path} does not fit the network: {reason[:300]}") from error

@@ -14,6 +14,16 @@ CASES = [
     ("mobilenet_v2", {"stem": "cifar"}, 10, 3, 32, 2_236_682),
     ("resnet20", {}, 10, 3, 32, 269_722),
     ("resnet20", {"shortcut": "B"}, 10, 3, 32, 272_474),
+    ("resnet34", {}, 10, 3, 64, 21_289_802),
+    ("resnet50", {"stem": "cifar"}, 10, 3, 32, 23_520_842),
+    ("preact_resnet20", {}, 10, 3, 32, 270_394),
+    ("preact_resnet18", {"stem": "cifar", "shortcut": "A"}, 10, 3, 32, 11_003_978),
+    ("mobilenet_v1", {}, 1000, 3, 224, 4_231_976),
+    ("mobilenet_v1", {"stem": "cifar", "width": 0.5}, 10, 3, 32, 823_722),
+    ("vgg_small", {}, 10, 3, 32, 4_660_106),
+    ("googlenet", {}, 1000, 3, 224, 6_624_904),
+    ("googlenet_bn", {}, 1000, 3, 224, 12_268_808),
+    ("alexnet_bn", {"width": 0.25}, 1000, 3, 227, 4_680_352),
     ("tiny_convnet", {"in_channels": 1}, 10, 1, 8, 14_458),
 ]
 
@@ -73,6 +83,9 @@ def test_tiny_convnet_without_batch_norm():
         ("resnet18", {"stem": "mnist"}, r"model\.stem = 'mnist' is not known"),
         ("tiny_convnet", {"width": 0}, r"model\.width must be an integer of at least 1, got 0"),
         ("tiny_convnet", {"batch_norm": "yes"}, r"model\.batch_norm must be true or false, got 'yes'"),
+        ("vgg_small", {"width": 0}, r"model\.width must be a positive number, got 0"),
+        ("preact_resnet18", {"shortcut": "C"}, r"model\.shortcut = 'C' is not known"),
+        ("googlenet", {"transform_input": 1}, r"model\.transform_input must be true or false, got 1"),
         ("mobilenet_v2", {"dropout": 1}, r"model\.dropout must be a number in \[0, 1\)"),
     ],
 )

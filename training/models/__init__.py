@@ -8,16 +8,36 @@ from typing import Any
 from torch import nn
 
 from training.config import choose
-from training.models.mobilenet import mobilenet_v2
-from training.models.resnet import resnet18, resnet20
+from training.models.alexnet import alexnet, alexnet_bn
+from training.models.googlenet import googlenet, googlenet_bn
+from training.models.mobilenet import mobilenet_v1, mobilenet_v2
+from training.models.preactivation import preact_resnet18, preact_resnet20, preact_resnet34, preact_resnet50
+from training.models.resnet import resnet18, resnet20, resnet34, resnet50
 from training.models.tiny import tiny_convnet
+from training.models.vgg import vgg_small, vgg_variant
 from training.options import call_with_options
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "tiny_convnet": tiny_convnet,
-    "resnet20": resnet20,
-    "resnet18": resnet18,
-    "mobilenet_v2": mobilenet_v2,
+    function.__name__: function
+    for function in (
+        tiny_convnet,
+        resnet20,
+        resnet18,
+        resnet34,
+        resnet50,
+        preact_resnet20,
+        preact_resnet18,
+        preact_resnet34,
+        preact_resnet50,
+        mobilenet_v1,
+        mobilenet_v2,
+        vgg_small,
+        vgg_variant,
+        alexnet,
+        alexnet_bn,
+        googlenet,
+        googlenet_bn,
+    )
 }
 
 
