@@ -1,4 +1,4 @@
-"""The command line: ``python -m training run RECIPE``, ``list``, ``reproduce TABLE``, ``report RUN...``."""
+"""The command line: ``python -m training run RECIPE``, ``search RECIPE``, ``list``, ``reproduce TABLE``, ``report``."""
 
 from __future__ import annotations
 
@@ -71,6 +71,30 @@ def run(
     if is_main_process():
         state = "was already finished" if result.already_finished else "is finished"
         print(f"the run in {folder} {state}: test accuracy {100 * result.accuracy:.2f} %")
+
+
+@app.command()
+def search(
+    recipe: Annotated[str, typer.Argument(help="A recipe with a table [algorithm.search].")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value of the recipe."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The policy's file; where `run` looks if not given.")] = None,
+) -> None:
+    """Find the bits of every layer within a budget; `run` of the same recipe then trains with them."""
+    with friendly_errors():
+        config = load(recipe, settings or [])
+        from training.reproduce import resolve_start
+        from training.search.driver import search as find
+        from training.search.policy import policy_path
+
+        path = out or policy_path(Path("runs") / config.run.name)
+        policy = find(resolve_start(config, Path("runs")), Path("runs"), print)
+        policy.write(path)
+    for name, (weight, activation) in policy.layers.items():
+        print(f"{name:40} weights {weight}, activations {activation}")
+    print(f"{path}: {', '.join(f'{key} {value}' for key, value in policy.about.items() if key != 'search')}")
 
 
 @app.command("list")

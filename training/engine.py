@@ -41,6 +41,7 @@ from training.models import build_model
 from training.progress import Display
 from training.run_folder import RunFolder, load_state
 from training.schedule import lr_factor
+from training.search.policy import with_policy
 
 
 @dataclass
@@ -66,7 +67,7 @@ def run(config: Config, folder: Path | str, resume: bool = False, show: bool = F
     progress (on the main process). Raises `training.config.UserError` for everything that the user can put
     right.
     """
-    return Trainer(config, Path(folder), show).run(resume)
+    return Trainer(with_policy(config, Path(folder)), Path(folder), show).run(resume)
 
 
 def build(config: Config, data: Data, algorithm: Algorithm) -> nn.Module:

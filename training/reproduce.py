@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from training.algorithms.base import build_algorithm
 from training.config import TWIN, Config, UserError, load
 from training.run_folder import RunFolder
 from training.run_reader import read_run
+from training.search.driver import search, search_of
+from training.search.policy import policy_path, with_policy
 from training.tables import Row, all_recipes, rows
 
 DEFAULTS = ("accuracy", "top5")  # every run has them: shown where the paper has them, or nothing else
@@ -100,7 +103,7 @@ class Reproduction:
             first = self._first.get(settings(self._config(name, 0)), name)
             config = self._config(first, seed)
             folder = self.root / config.run.name
-        config = self._with_start(config)
+        config = self._with_policy(self._with_start(config), folder)
         files = RunFolder(folder)
         if files.finished:
             files.require_same(config)
@@ -117,6 +120,20 @@ class Reproduction:
             return config
         folder, _ = self.train(config.model.init.removeprefix(START), config.run.seed)
         return start_from(config, folder)
+
+    def _with_policy(self, config: Config, folder: Path) -> Config:
+        """`config`, with the bits of its layers searched, and the indicators that needs trained, where it has none."""
+        path = policy_path(folder)
+        if "search" in config.algorithm.options and not path.exists():
+            if os.environ.get("WORLD_SIZE", "1") != "1":  # each process would write it
+                raise UserError(
+                    f"there is no policy in {path}; reproduce the table with one process first, or `search`"
+                )
+            indicators = search_of(config).indicators
+            if indicators:
+                self.train(indicators, config.run.seed)
+            search(config, self.root).write(path)
+        return with_policy(config, folder)
 
     @cached_property
     def _first(self) -> dict[str, str]:

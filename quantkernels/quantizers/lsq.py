@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Kind, Ste
-from .base import ScaledGrid, uniform_levels
+from .base import ScaledGrid, check_widths, uniform_levels
 from .processes import average_over_processes
 
 # What the step is not let below: the lower clamp of LIMPQ.
@@ -43,7 +43,7 @@ class LSQ(ScaledGrid):
     dL/dx = g*1[-Qn <= v <= Qp], dL/ds = sum g*(round(v) - v inside, -Qn below, Qp from Qp on) / sqrt(numel*Qp),
     v = x/s, numel all elements of x. At v = -Qn itself the step gets nothing (docs/numerics.md).
 
-    `step` is a float32 parameter [1], or [len(per_bit)] in the order given, NaN until the first training batch
+    `step` is a float32 parameter [1], or [len(per_bit)] with the highest bits first, NaN until the first training batch
     sets it to 2 E|x| / sqrt(Qp), the mean being that of all processes, or `set_step` does. It stays positive as
     PACT's alpha does: each training forward first raises a step below 1e-5 to 1e-5, eval clamps what it reads.
     The device is never waited for.
@@ -56,8 +56,11 @@ class LSQ(ScaledGrid):
         super().__init__(bits, Kind.UNIFORM, levels, Ste.FULL, None, (float("inf"), 1.0, float("inf")))
         self.role_decides = signed is None
         self.signed = signed is not False
-        self.per_bit = None if per_bit is None else check_bit_set("LSQ", per_bit, bits, self.signed)
-        self.index = 0 if self.per_bit is None else self.per_bit.index(bits)
+        self.per_bit = None if per_bit is None else check_widths("LSQ: per_bit", per_bit)
+        self.index = 0
+        if self.per_bit is not None:
+            lsq_levels("LSQ: per_bit", self.per_bit[-1], self.signed)
+            self.set_bits(bits)
         widths = len(self.widths)
         self.step = nn.Parameter(torch.full((widths,), float("nan")))
         self.register_buffer("divisor", self.divisor.repeat(widths, 1), persistent=False)
@@ -169,17 +172,6 @@ class LSQ(ScaledGrid):
         step = "meta" if self.step.is_meta else f"{self.step[self.index].item():.4g}"
         widths = "" if self.per_bit is None else f", per_bit={self.per_bit}"
         return super().extra_repr() + f", signed={self.signed}{widths}, step={step}"
-
-
-def check_bit_set(name: str, widths: Sequence[int], bits: int, signed: bool) -> list[int]:
-    """The bit-widths as a list. Raises ValueError unless they are different, possible, and `bits` is one of them."""
-    if not isinstance(widths, Sequence) or not widths or len(set(widths)) != len(widths):
-        raise ValueError(f"{name}: per_bit must be a list of different bit-widths, got {widths!r}")
-    for width in widths:
-        lsq_levels(name, width, signed)
-    if bits not in widths:
-        raise ValueError(f"{name}: bits must be one of per_bit = {list(widths)}, got {bits}")
-    return list(widths)
 
 
 def lsq_levels(name: str, bits: int, signed: bool) -> int:

@@ -183,11 +183,11 @@ def test_set_bits_changes_every_layer_with_steps_of_its_own():
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ([], "must be a list of different bit-widths"),
-        ([4, 4], "must be a list of different bit-widths"),
+        ([], "per_bit: bit-widths must be a list of at least one"),
+        ([4, 4], "per_bit: bit-widths must be different"),
         ([4, 9], "bits must be an int from 1 to 8, got 9"),
         ([4, 1], "signed LSQ needs at least 2 bits"),
-        ([3, 2], r"bits must be one of per_bit = \[3, 2\], got 4"),
+        ([3, 2], r"LSQ has steps for \[3, 2\] bits, not for 4"),
     ],
 )
 def test_wrong_sets_of_bits(widths, message):

@@ -5,8 +5,11 @@ import torch
 
 from training import config
 from training.algorithms.base import build_algorithm
+from training.algorithms.limpq import layers_of
 from training.config import ConfigError
 from training.models import build_model
+from training.options import call_with_options
+from training.search.driver import Search
 from training.tables import all_recipes, by_table
 
 ALL = all_recipes()
@@ -46,7 +49,11 @@ def test_network_and_algorithm_of_the_recipe_can_be_built(name):
     data = recipe.data.name
     with torch.device("meta"):  # shapes without memory: it is the seventy-fold initialisation that takes time
         model = build_model(recipe.model.name, CLASSES[data], in_channels=CHANNELS.get(data, 3), **recipe.model.options)
-    algorithm = build_algorithm(recipe.algorithm.name, recipe.algorithm.options)
+    options = dict(recipe.algorithm.options)
+    if recipe.algorithm.name == "mixed_precision":  # whose policy is the result of another command
+        call_with_options(Search, options["search"], "algorithm.search")
+        options["policy"] = {"layers": dict.fromkeys(layers_of(model)[1:-1], (4, 4))}
+    algorithm = build_algorithm(recipe.algorithm.name, options)
     model = algorithm.prepare(model)
     groups = algorithm.parameter_groups(model, {"lr": 0.1, "weight_decay": 0.0})
     given = [id(parameter) for group in groups for parameter in group["params"]]

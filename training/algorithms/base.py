@@ -21,6 +21,8 @@ ALGORITHMS = {
     "vanilla": "training.algorithms.vanilla",
     "dqa": "training.algorithms.dqa",
     "binary_relax": "training.algorithms.binary_relax",
+    "limpq": "training.algorithms.limpq",
+    "mixed_precision": "training.algorithms.mixed_precision",
 }
 _REGISTRY: dict[str, type[Algorithm]] = {}
 
