@@ -83,11 +83,14 @@ class DataConfig:
     eval_batch_size: int = 500
     augment: bool = True
     subset: int = 0  # 0: all; else that many training images, the same number of each class
-    image_size: int = 224  # image folders only
-    workers: int = 4  # threads that decode image folders; has no influence on results
+    image_size: int = 224  # folders of images and of videos
+    workers: int = 4  # threads that decode them; has no influence on results
+    segments: int = 16  # videos: frames of a clip
+    train_list: str = "train.txt"  # folders of videos: the annotation lists
+    test_list: str = "val.txt"
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "eval_batch_size", "image_size", "workers"):
+        for key in ("batch_size", "eval_batch_size", "image_size", "workers", "segments"):
             require(getattr(self, key) >= 1, f"data.{key}", "at least 1", getattr(self, key))
         require(self.subset >= 0, "data.subset", "0 (all) or a number of images", self.subset)
 

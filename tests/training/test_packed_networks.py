@@ -26,6 +26,8 @@ SIZES = {
     "alexnet_bn": ({"width": 0.05}, 67),
     "googlenet": ({"width": 0.25}, 32),
     "googlenet_bn": ({"width": 0.125}, 32),
+    "video_resnet18": ({"width": 0.125}, 32),
+    "video_resnet50": ({"width": 0.125}, 32),
 }
 
 
@@ -42,7 +44,8 @@ def test_packed_logits_are_those_of_the_trained_network(name):
     model = build_model(name, 10, in_channels=3, **options)
     layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
     model = qk.prepare(model, weight=qk.MinMax(2), activation=activation, skip=qk.first_and_last, strict=True)
-    images = torch.randn(6, 3, size, size)
+    shape = (2, 3) if name.startswith("video") else (6,)
+    images = torch.randn(*shape, 3, size, size)
     with torch.no_grad():
         for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)):
             norm.momentum = None  # the plain mean over the passes that follow

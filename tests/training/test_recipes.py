@@ -16,8 +16,17 @@ ALL = all_recipes()
 FULL = [recipe.name for recipe in ALL]
 TWINS = [recipe.name + config.TWIN for recipe in ALL if recipe.has_twin]
 RECIPES = FULL + TWINS
-CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100, "folder": 1000}
-CHANNELS = {"digits": 1, "mnist": 1}
+CLASSES = {
+    "digits": 10,
+    "mnist": 10,
+    "cifar10": 10,
+    "cifar100": 100,
+    "folder": 1000,
+    "video": 200,
+    "synthetic_digit_clips": 10,
+    "synthetic_cifar_clips": 10,
+}
+CHANNELS = {"digits": 1, "mnist": 1, "synthetic_digit_clips": 1}
 
 
 def test_every_row_of_the_dqa_tables_has_a_recipe():

@@ -10,6 +10,8 @@ from training.data.digits import load_digits
 from training.data.folder import load_folder
 from training.data.mnist import load_mnist
 from training.data.splits import Data, balanced_subset
+from training.data.synthetic_video import load_synthetic_cifar_clips, load_synthetic_digit_clips
+from training.data.video import load_video
 
 DATASETS: dict[str, Callable[[DataConfig], Data]] = {
     "digits": load_digits,
@@ -17,6 +19,9 @@ DATASETS: dict[str, Callable[[DataConfig], Data]] = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "folder": load_folder,
+    "video": load_video,
+    "synthetic_digit_clips": load_synthetic_digit_clips,
+    "synthetic_cifar_clips": load_synthetic_cifar_clips,
 }
 
 

@@ -42,6 +42,27 @@ def center_box(width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
+def open_image(path: Path) -> Image.Image:
+    """The image as RGB. Raises DataError where it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}; replace it, or take it out") from error
+
+
+def cut_out(image: Image.Image, size: int, box: tuple[int, int, int, int], mirror: bool) -> torch.Tensor:
+    """uint8 [3, size, size]: the part of the image in `box`, mirrored left to right if asked for."""
+    part = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+    return pixels.flip(2) if mirror else pixels
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 3, H, W] -> float32, by ImageNet's mean and deviation."""
+    return (pixels.float() / 255 - MEAN) / STD
+
+
 class ImageFolder:
     """A split on disk, decoded by `workers` threads; what a batch holds does not depend on their number."""
 
@@ -71,19 +92,15 @@ class ImageFolder:
         paths = [self.paths[i] for i in indices.tolist()]
         with ThreadPoolExecutor(self.workers) as pool:
             images = torch.stack(list(pool.map(self._read, paths, seeds)))
-        return (images.float() / 255 - MEAN) / STD, self.labels[indices]
+        return normalise(images), self.labels[indices]
 
     def _read(self, path: Path, seed: str | None) -> torch.Tensor:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} cannot be read as an image: {error}") from error
+        image = open_image(path)
+        if seed is None:
+            return cut_out(image, self.size, center_box(*image.size), mirror=False)
         chance = random.Random(seed)
-        box = center_box(*image.size) if seed is None else random_resized_box(*image.size, chance)
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return pixels.flip(2) if seed is not None and chance.random() < 0.5 else pixels
+        box = random_resized_box(*image.size, chance)
+        return cut_out(image, self.size, box, mirror=chance.random() < 0.5)
 
 
 def load_folder(config: DataConfig) -> Data:

@@ -15,6 +15,7 @@ from training.models.preactivation import preact_resnet18, preact_resnet20, prea
 from training.models.resnet import resnet18, resnet20, resnet34, resnet50
 from training.models.tiny import tiny_convnet
 from training.models.vgg import vgg_small, vgg_variant
+from training.models.video import video_resnet18, video_resnet50
 from training.options import call_with_options
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -37,12 +38,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         alexnet_bn,
         googlenet,
         googlenet_bn,
+        video_resnet18,
+        video_resnet50,
     )
 }
 
 
 def build_model(name: str, num_classes: int, *, in_channels: int = 3, **options: Any) -> nn.Module:
-    """A freshly initialised network: [N, in_channels, H, W] -> logits [N, num_classes].
+    """A freshly initialised network: [N, in_channels, H, W] (clips: [N, T, ...]) -> logits [N, num_classes].
 
     Raises `training.config.ConfigError` for an unknown name (see `MODELS`), option or value of an option.
     """

@@ -139,23 +139,26 @@ def resnet20(num_classes: int, in_channels: int, shortcut: str = "A", width: flo
     return ResNet(BasicBlock, widths, [3, 3, 3], num_classes, in_channels, "cifar", shortcut)
 
 
-def _resnet(depth: int, num_classes: int, in_channels: int, stem: str, width: float) -> ResNet:
+def resnet_of_depth(
+    depth: int, num_classes: int, in_channels: int, stem: str, width: float, kind: type[ResNet] = ResNet
+) -> ResNet:
+    """ResNet-18, -34 or -50 as a `kind`; see `resnet18` for the options."""
     choose(stem, ("imagenet", "cifar"), "model.stem")
     block, blocks = DEPTHS[depth]
     widths = [scaled(channels, width) for channels in (64, 128, 256, 512)]
-    return ResNet(block, widths, blocks, num_classes, in_channels, stem)
+    return kind(block, widths, blocks, num_classes, in_channels, stem)
 
 
 def resnet18(num_classes: int, in_channels: int, stem: str = "imagenet", width: float = 1.0) -> ResNet:
     """ResNet-18; stem "imagenet" (7x7, stride 2, max-pooling, for 224x224) or "cifar" (3x3, for 32x32)."""
-    return _resnet(18, num_classes, in_channels, stem, width)
+    return resnet_of_depth(18, num_classes, in_channels, stem, width)
 
 
 def resnet34(num_classes: int, in_channels: int, stem: str = "imagenet", width: float = 1.0) -> ResNet:
     """ResNet-34; stems as in `resnet18`."""
-    return _resnet(34, num_classes, in_channels, stem, width)
+    return resnet_of_depth(34, num_classes, in_channels, stem, width)
 
 
 def resnet50(num_classes: int, in_channels: int, stem: str = "imagenet", width: float = 1.0) -> ResNet:
     """ResNet-50, the stride on the 3x3 convolutions as in torchvision; stems as in `resnet18`."""
-    return _resnet(50, num_classes, in_channels, stem, width)
+    return resnet_of_depth(50, num_classes, in_channels, stem, width)
