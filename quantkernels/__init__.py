@@ -34,6 +34,7 @@ from .quantizers import (
     Identity,
     MinMax,
     ModifiedDoReFa,
+    PseudoNoise,
     Quantizer,
     shared_statistics,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "Identity",
     "MinMax",
     "ModifiedDoReFa",
+    "PseudoNoise",
     "Quantizer",
     "UnsupportedModuleError",
     "backend",

@@ -15,6 +15,7 @@ from .lsq import LSQ
 from .minmax import MinMax
 from .mixture import Mixture
 from .pact import PACT
+from .pseudo_noise import PseudoNoise
 from .sawb import SAWB
 from .sharing import shared_statistics
 
@@ -35,6 +36,7 @@ __all__ = [
     "Mixture",
     "ModifiedDoReFa",
     "NestedDoReFa",
+    "PseudoNoise",
     "Quantizer",
     "shared_statistics",
 ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quantkernels as qk
-from training import engine
+from training import config, engine
 from training.algorithms.base import build_algorithm
 from training.algorithms.limpq import importance, layers_of
 from training.config import ConfigError, UserError
@@ -244,3 +244,18 @@ def test_a_policy_that_does_not_fit_is_refused_before_training(tiny, tmp_path, t
 def test_no_policy_yet(tiny, tmp_path):
     with pytest.raises(UserError, match=r"no policy in .*/run\.policy\.json; `python -m training search RECIPE`"):
         engine.run(tiny(algorithm={"name": "mixed_precision"}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("network", "alpha", "epochs"), [("resnet18", 3, 5), ("resnet50", 2, 1), ("mobilenetv1", 1, 5)]
+)
+def test_hyper_parameters_are_those_of_the_paper(network, alpha, epochs):
+    """The supplement's section 1."""
+    indicators = config.load(f"limpq/{network}-indicators")
+    assert indicators.algorithm.options["bits"] == [6, 5, 4, 3, 2]
+    assert (indicators.optimizer.lr, indicators.run.epochs) == (0.01, epochs)
+    tuned = config.load("limpq/table1/limpq" if network == "resnet50" else f"limpq/{network}-limpq-w4a4")
+    assert (tuned.optimizer.lr, tuned.optimizer.weight_decay, tuned.run.epochs) == (0.04, 2.5e-5, 90)
+    assert (tuned.schedule.name, tuned.schedule.warmup_epochs) == ("cosine", 5)
+    search = tuned.algorithm.options["search"]
+    assert search["alpha"] == alpha and config.load(search["indicators"]) == indicators

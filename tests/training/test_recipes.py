@@ -66,6 +66,7 @@ def test_network_and_algorithm_of_the_recipe_can_be_built(name):
     model = algorithm.prepare(model)
     groups = algorithm.parameter_groups(model, {"lr": 0.1, "weight_decay": 0.0})
     given = [id(parameter) for group in groups for parameter in group["params"]]
+    given += [id(parameter) for parameter in getattr(algorithm, "own_parameters", list)()]
     assert sorted(given) == sorted(id(parameter) for parameter in model.parameters())
 
 

@@ -22,6 +22,7 @@ ALGORITHMS = {
     "dqa": "training.algorithms.dqa",
     "binary_relax": "training.algorithms.binary_relax",
     "limpq": "training.algorithms.limpq",
+    "diffq": "training.algorithms.diffq",
     "mixed_precision": "training.algorithms.mixed_precision",
 }
 _REGISTRY: dict[str, type[Algorithm]] = {}
