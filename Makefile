@@ -4,6 +4,7 @@
 #   make lint            ruff, clang-format, mypy    make bench           measure, and render the README's table
 #   make cuda-check      compile every CUDA kernel for every target: registers, spills, SASS (needs nvcc, no GPU)
 #   make emu-sanitize    the CUDA kernels in the emulator, under AddressSanitizer and UBSan
+#   make gpu-check       on a machine with a GPU, with $(PYTHON) as it is and offline: PART=build+tests|sanitize|bench, OUT=folder
 #   make native          compile into quantkernels/_lib with $(PYTHON), no .venv
 # TORCH_INDEX: another package index for torch alone (for instance PyTorch's own index of CPU builds).
 
@@ -32,6 +33,9 @@ demo: export QK_CUDA ?= $(GPU)
 demo: build
 	$(PY) -m training.demo
 
+# Without a GPU the CUDA kernels are tested in the emulator.
+test test-training emu-sanitize: export QK_EMU ?= $(if $(filter 1,$(GPU)),0,1)
+
 test: build
 	$(PY) -m pytest -m "not slow"
 
@@ -59,10 +63,15 @@ cuda-check: $(VENV)/requirements.stamp
 emu-sanitize: build
 	$(RUN) $(PY) tests/emu/sanitize.py
 
+PART ?= build+tests
+OUT ?= gpu-check
+gpu-check:
+	$(PYTHON) tests/gpu/check.py --part "$(PART)" --out "$(OUT)"
+
 native:
 	$(PYTHON) setup.py build_ext --inplace
 
 clean:
 	rm -rf build dist *.egg-info quantkernels/_lib/*.so demo-report
 
-.PHONY: build demo test test-training bench lint format cuda-check emu-sanitize native clean
+.PHONY: build demo test test-training bench lint format cuda-check emu-sanitize gpu-check native clean

@@ -48,7 +48,7 @@ def channel_stats(x: Tensor, axis: int | None = None) -> Tensor:
 def quantize_pack(x: Tensor, offset: float, step: float, bits: int) -> Tensor:
     """[bits, rows, n / 32] int32 planes, most significant first; n is a multiple of 32."""
     codes = ((x - offset) / step).round().clamp(0, 2**bits - 1).to(torch.int32)
-    shifts = torch.arange(32, dtype=torch.int32)
+    shifts = torch.arange(32, dtype=torch.int32, device=x.device)
     planes = [(((codes >> b) & 1).unflatten(-1, (-1, 32)) << shifts).sum(-1, dtype=torch.int32) for b in range(bits)]
     return torch.stack(planes[::-1])
 

@@ -91,3 +91,18 @@ def test_what_has_no_codes_says_so():
     for mixture in (qk.Attention([qk.MinMax(2), qk.MinMax(4)]), qk.BinaryRelax([qk.BWN()])):
         with pytest.raises(RuntimeError, match=r"call select\(\)"):
             mixture.encode(torch.randn(3))
+
+
+@pytest.mark.ops("channel_stats", "fake_quantize", "quantize_pack", "unpack_bitplanes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_backend_encodes_and_decodes(backend, name, dtype):
+    """The tests above run on the native kernels; here the same identity on each backend."""
+    for shape, axis in (((9, 70), None), ((9, 70), 0), ((4, 5, 3, 3), 1), ((0, 3), None)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+        quantizer = MAKERS[name](3, None if name == "pact" else axis).to(backend.device)
+        with backend.chosen():
+            planes = quantizer.encode(x.to(backend.device))
+            assert torch.equal(planes.decode(), quantizer(x.to(backend.device)))
+            codes = planes.codes()
+        assert torch.equal(codes, planes.codes())  # unpacked by the native kernel

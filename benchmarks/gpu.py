@@ -1,0 +1,362 @@
+"""The element-wise families on a GPU, against eager, torch.compile and the copy bandwidth measured in the same run.
+
+    python -m benchmarks.gpu --out FILE [--seconds 420]     every job at 2^28 and 2^20 elements, as JSON
+    python -m benchmarks.gpu --out FILE --quick             tiny, without torch.compile; on the CPU if need be
+
+Device time by events, the caches flushed before each call, inputs rotating among several sets of random values;
+medians. A call is queued behind other work, so the time of launching it is not in it; ``host_seconds`` is that time.
+``of_copy`` is the share of the bandwidth of `Tensor.copy_` on as many elements, where a job counts the bytes that it
+cannot do without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import monotonic, perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import quantkernels as qk
+from benchmarks import plain
+from benchmarks.contestants import DTYPES, HIGH, LOW, grid_over
+from quantkernels.ops import Kind, Ste
+
+GOAL = 0.85  # of the copy bandwidth, at the large size
+LARGE, SMALL = 1 << 28, 1 << 20
+CHANNELS = 512
+BITS = 4
+MIXTURE = (2, 4, 8)
+SETS = 3  # of inputs, in turn
+QUEUED_CYCLES = 400_000  # that the device waits while a small call is queued: some 0.2 ms
+ROUNDS = 21
+
+Run = Callable[[], Any]
+
+
+@dataclass
+class Inputs:
+    """One set: values, a gradient like them, grids, codes and planes of them."""
+
+    x: Tensor
+    grad: Tensor
+    axis: int | None
+
+    def __post_init__(self) -> None:
+        self.levels = 2**BITS - 1
+        self.grid = grid_over(self.x, self.levels, self.axis).to(self.x.device)
+        members = [2**bits - 1 for bits in MIXTURE]
+        self.grids = torch.stack([grid_over(self.x, levels, self.axis) for levels in members]).to(self.x.device)
+        self.attention = torch.tensor([0.5, 0.3, 0.2], device=self.x.device)
+        self.members = [int(Kind.UNIFORM)] * len(members), members
+
+    @property
+    def quantizer(self) -> tuple[Any, ...]:
+        """grid, kind and levels."""
+        return self.grid, int(Kind.UNIFORM), self.levels
+
+    def mixture(self, ste: int) -> tuple[Any, ...]:
+        """The arguments of attention_quantize after x."""
+        return self.attention, self.grids, *self.members, [ste] * len(MIXTURE), self.axis
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an op does with a set of inputs, and the bytes that it must move for each element."""
+
+    name: str
+    run: Callable[[Any, Inputs], Any]  # (namespace of the ops, inputs)
+    bytes: Callable[[int], float]  # of the element's size
+    rivals: Callable[[Inputs], Tensor] | None = None  # the plain formulation, forward
+    per_row: bool = False  # rows of bits: not per channel of columns
+    with_step: Callable[[Inputs], Tensor] | None = None  # the library's forward for a step with autograd
+
+
+def _fake(i: Inputs) -> Tensor:
+    return qk.ops.fake_quantize(i.x, *i.quantizer, Ste.CLIP, i.axis)
+
+
+def _mix(i: Inputs) -> Tensor:
+    return qk.ops.attention_quantize(i.x, *i.mixture(Ste.IDENTITY))
+
+
+def _plain_fake(i: Inputs) -> Tensor:
+    return plain.fake_quantize(i.x, LOW, (HIGH - LOW) / i.levels, i.levels)
+
+
+def _plain_mix(i: Inputs) -> Tensor:
+    return sum(
+        a * plain.fake_quantize(i.x, LOW, (HIGH - LOW) / n, n)
+        for a, n in zip((0.5, 0.3, 0.2), i.members[1], strict=True)
+    )  # type: ignore[return-value]
+
+
+def _plain_pack(i: Inputs) -> Tensor:
+    return plain.quantize_pack(i.x, LOW, (HIGH - LOW) / i.levels, BITS)
+
+
+CLIP = int(Ste.CLIP)
+JOBS = (
+    Job(
+        "channel_stats",
+        lambda o, i: o.channel_stats(i.x, i.axis),
+        lambda n: n,
+        lambda i: plain.channel_stats(i.x, i.axis),
+    ),
+    Job(
+        "fake_quantize",
+        lambda o, i: o.fake_quantize(i.x, *i.quantizer, CLIP, i.axis),
+        lambda n: 2 * n,
+        _plain_fake,
+        with_step=_fake,
+    ),
+    Job(
+        "fake_quantize_backward",
+        lambda o, i: o.fake_quantize_backward(i.grad, i.x, *i.quantizer, CLIP, i.axis),
+        lambda n: 3 * n,
+    ),
+    Job(
+        "attention_quantize",
+        lambda o, i: o.attention_quantize(i.x, *i.mixture(0)),
+        lambda n: 2 * n,
+        _plain_mix,
+        with_step=_mix,
+    ),
+    Job(
+        "attention_gradient",
+        lambda o, i: o.attention_gradient(i.grad, i.x, i.attention, i.grids, *i.members, i.axis),
+        lambda n: 2 * n,
+    ),
+    Job(
+        "attention_quantize_backward",
+        lambda o, i: o.attention_quantize_backward(i.grad, i.x, *i.mixture(CLIP)),
+        lambda n: 3 * n,
+    ),
+    Job("encode", lambda o, i: o.encode(i.x, *i.quantizer, i.axis), lambda n: n + 1),
+    Job(
+        "quantize_pack",
+        lambda o, i: o.quantize_pack(i.x, *i.quantizer, i.axis),
+        lambda n: n + BITS / 8,
+        _plain_pack,
+        per_row=True,
+    ),
+)
+
+
+class Clock:
+    """Times calls on a device."""
+
+    def __init__(self, device: str, quick: bool) -> None:
+        self.device, self.rounds = device, 3 if quick else ROUNDS
+        cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
+        self.flushed = torch.empty(max(1 << 16, 4 * cache), dtype=torch.uint8, device=device)
+
+    def seconds(self, runs: Sequence[Run]) -> tuple[float, float]:
+        """Median seconds of a call on the device, and on the host until it returns; one run after the other."""
+        for run in runs:
+            run()
+        return self._on_gpu(runs) if self.device == "cuda" else self._on_cpu(runs)
+
+    def _on_cpu(self, runs: Sequence[Run]) -> tuple[float, float]:
+        times = []
+        for i in range(self.rounds):
+            begin = perf_counter()
+            runs[i % len(runs)]()
+            times.append(perf_counter() - begin)
+        return median(times), median(times)
+
+    def _on_gpu(self, runs: Sequence[Run]) -> tuple[float, float]:
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(self.rounds)
+        ]
+        host = []
+        torch.cuda.synchronize()
+        for i, (begin, end) in enumerate(events):
+            self.flushed.random_(0, 255)
+            torch.cuda._sleep(QUEUED_CYCLES)
+            begin.record()
+            start = perf_counter()
+            runs[i % len(runs)]()
+            host.append(perf_counter() - start)
+            end.record()
+            if i % 4 == 3:
+                torch.cuda.synchronize()  # or the queue would fill, and the host would wait inside a call
+        torch.cuda.synchronize()
+        return median(begin.elapsed_time(end) for begin, end in events) / 1e3, median(host)
+
+
+def inputs_of(size: int, dtype: str, layout: str, device: str) -> list[Inputs]:
+    """Sets of random values: per tensor, or of CHANNELS channels outside or inside."""
+    shapes = {
+        "tensor": (CHANNELS, size // CHANNELS),
+        "outer": (CHANNELS, size // CHANNELS),
+        "inner": (size // CHANNELS, CHANNELS),
+    }
+    axis = {"tensor": None, "outer": 0, "inner": 1}[layout]
+    sets = []
+    for seed in range(SETS):
+        generator = torch.Generator(device).manual_seed(seed)
+        x, grad = (torch.randn(shapes[layout], generator=generator, device=device).to(DTYPES[dtype]) for _ in range(2))
+        sets.append(Inputs(x, grad, axis))
+    return sets
+
+
+def launches(run: Run, device: str) -> int | None:
+    """Kernels that a call launches."""
+    if device != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+
+
+def step_of(function: Callable[[Inputs], Tensor], i: Inputs) -> Run:
+    """Forward, and backward to x."""
+
+    def run() -> Any:
+        i.x.requires_grad_()
+        try:
+            return torch.autograd.grad(function(i), i.x, i.grad)
+        finally:
+            i.x.requires_grad_(False)
+
+    return run
+
+
+class Bench:
+    """One run: the results so far, and the time that is left."""
+
+    def __init__(self, out: Path, seconds: float, quick: bool) -> None:
+        self.out, self.quick, self.end = out, quick, monotonic() + seconds
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.clock = Clock(self.device, quick)
+        self.sizes = (1 << 16, 1 << 14) if quick else (LARGE, SMALL)
+        self.copies: dict[str, float] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+        self.left_out: list[str] = []
+
+    def go(self) -> None:
+        """Our own times first: they are what the rivals' are worth nothing without."""
+        for size in self.sizes:
+            for dtype, layout in self.variants(size):
+                self.measure(size, dtype, layout)
+        for size in self.sizes:
+            self.rivals(size)
+        self.save()
+
+    def variants(self, size: int) -> Iterator[tuple[str, str]]:
+        """Types per tensor, and layouts in float32."""
+        yield from (("float32", "tensor"), ("float16", "tensor"), ("bfloat16", "tensor"))
+        if size == self.sizes[0]:
+            yield from (("float32", "outer"), ("float32", "inner"), ("bfloat16", "inner"))
+
+    def measure(self, size: int, dtype: str, layout: str) -> None:
+        """Every job on one kind of tensor, with the native and the Triton kernels, and a copy of the same size."""
+        sets, element = inputs_of(size, dtype, layout, self.device), DTYPES[dtype].itemsize
+        key = f"{size}-{dtype}"
+        if key not in self.copies:
+            target = torch.empty_like(sets[0].x)
+            seconds, _ = self.clock.seconds([lambda i=i: target.copy_(i.x) for i in sets])
+            self.copies[key] = 2 * size * element / seconds
+        for job in JOBS:
+            if job.per_row and layout == "inner":
+                continue
+            runs = [partial(job.run, torch.ops.quantkernels, i) for i in sets]
+            seconds, host = self.clock.seconds(runs)
+            rate = job.bytes(element) * size / seconds
+            entry = {"seconds": seconds, "host_seconds": host, "gbs": rate / 1e9, "of_copy": rate / self.copies[key]}
+            if (dtype, layout) == ("float32", "tensor"):
+                entry["launches"] = launches(runs[0], self.device)
+            if size == self.sizes[0]:
+                entry["goal_met"] = entry["of_copy"] >= GOAL
+            self.results[f"{job.name}-{size}-{dtype}-{layout}"] = entry
+        self.save()
+
+    def rivals(self, size: int) -> None:
+        """Triton's kernels, the plain formulation eager and compiled; forward, and a step with autograd."""
+        sets = inputs_of(size, "float32", "tensor", self.device)
+        for job in JOBS:
+            entry = self.results[f"{job.name}-{size}-float32-tensor"]
+            if self.has_triton(job.name):
+                runs = [partial(job.run, torch.ops.quantkernels_triton, i) for i in sets]
+                entry["triton"] = self.timed(f"{job.name}-triton-{size}", runs)
+            for name, function in self.plainly(job.rivals):
+                entry[name] = self.timed(f"{job.name}-{name}-{size}", [partial(function, i) for i in sets])
+            if job.with_step is None:
+                continue
+            step = entry["step"] = {
+                "seconds": self.timed(f"{job.name}-step", [step_of(job.with_step, i) for i in sets])
+            }
+            for name, function in self.plainly(job.rivals):
+                step[name] = self.timed(f"{job.name}-step-{name}-{size}", [step_of(function, i) for i in sets])
+            self.save()
+
+    def has_triton(self, op: str) -> bool:
+        """Whether the op has a Triton kernel that runs compiled here."""
+        if self.device != "cuda":
+            return False
+        qk.backend("triton").__exit__()
+        return hasattr(torch.ops.quantkernels_triton, op)
+
+    def plainly(self, function: Callable[[Inputs], Tensor] | None) -> Iterator[tuple[str, Callable[[Inputs], Tensor]]]:
+        """The plain formulation as it is, and compiled anew."""
+        if function is None:
+            return
+        yield "eager", function
+        if not self.quick:
+            torch.compiler.reset()
+            yield "compile", torch.compile(function, dynamic=False)
+
+    def timed(self, name: str, runs: Sequence[Run]) -> float | None:
+        """Seconds on the device; None where no time was left, or memory."""
+        if monotonic() > self.end:
+            self.left_out.append(f"{name}: no time left")
+            return None
+        try:
+            return self.clock.seconds(runs)[0]
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.left_out.append(f"{name}: not enough memory")
+            return None
+
+    def save(self) -> None:
+        """Write what there is."""
+        copies = {key: value / 1e9 for key, value in self.copies.items()}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        found = {"device": self.device, "copy_gbs": copies, "results": self.results, "left_out": self.left_out}
+        self.out.write_text(json.dumps(found, indent=1) + "\n")
+
+    def lines(self) -> Iterator[str]:
+        """A table: time, share of the copy bandwidth, launches, rivals."""
+        for name, entry in self.results.items():
+            rivals = {k: entry[k] for k in ("triton", "eager", "compile") if entry.get(k)}
+            ratios = "  ".join(f"{k} {value / entry['seconds']:.2f}x" for k, value in rivals.items())
+            kernels = f"  {entry['launches']} launches" if entry.get("launches") else ""
+            share = f"{1e6 * entry['seconds']:>10.1f} us{100 * entry['of_copy']:>7.1f} % of copy"
+            yield f"{name:<52}{share}{kernels}  {ratios}"
+
+
+def main() -> None:
+    """Measure, write the file, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=420.0, help="after which no rival is begun (default: 420)")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    run = Bench(options.out, options.seconds, options.quick)
+    run.go()
+    print("\n".join(run.lines()))
+    for line in run.left_out:
+        print("left out:", line)
+
+
+if __name__ == "__main__":
+    main()
