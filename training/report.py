@@ -56,6 +56,7 @@ def write_report(
         f"<h1>{html.escape(title)}</h1>",
         _section("Runs", table_html(*runs_table(groups))),
         _notes(runs),
+        _results_section(groups),
     ]
     parts += [_section(heading, table_html(*table)) for heading, table in (tables or {}).items()]
     parts += [_section("Learning curves", *_learning_curves(groups)), _attention_section(groups)]
@@ -162,6 +163,38 @@ def _learning_curves(groups: Mapping[str, Sequence[Run]]) -> list[str]:
             caption = f"{label}; lines: mean over seeds, bands: lowest to highest"
             figures.append(figure_html(figure_learning_curves(curves, label, percent=True), caption))
     return figures or ["<p>No run has a finished epoch.</p>"]
+
+
+def _results_section(groups: Mapping[str, Sequence[Run]]) -> str:
+    """What the algorithms measured beside the accuracy, such as that at other bit-widths; who taught whom."""
+    columns = list(dict.fromkeys(key for group in groups.values() for run in group for key in run.results))
+    if not columns:
+        return ""
+    rows = [
+        [name, *(mean_and_range([run.results[key] for run in group if key in run.results]) for key in columns)]
+        for name, group in groups.items()
+        if any(run.results for run in group)
+    ]
+    return _section("Results", table_html(["run", *columns], rows), *_teachers(groups))
+
+
+def _teachers(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+    """CoQuant's histogram: how often each bit-width taught each lower one, over all epochs and seeds."""
+    rows = []
+    for name, group in groups.items():
+        counts: dict[str, dict[str, int]] = {}
+        for students in (run_line for run in group for run_line in run.teachers()):
+            for student, teachers in students.items():
+                for teacher, count in teachers.items():
+                    counts.setdefault(student, {}).setdefault(teacher, 0)
+                    counts[student][teacher] += count
+        for student, teachers in counts.items():
+            total = max(1, sum(teachers.values()))
+            shares = ", ".join(f"{teacher}: {100 * count / total:.1f} %" for teacher, count in teachers.items())
+            rows.append([name, student, f"by {shares}"])
+    if not rows:
+        return []
+    return ["<p>How often each bit-width was taught by which:</p>", table_html(["run", "bits", "taught"], rows)]
 
 
 def _attention_section(groups: Mapping[str, Sequence[Run]]) -> str:

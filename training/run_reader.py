@@ -41,7 +41,17 @@ class Run:
         """What a finished run gave: "accuracy" and "top5" in percent, and the figures of `Algorithm.results`."""
         final = self.final or {}
         percent = {name: 100 * final[key] for name, key in EVALUATED.items() if key in final}
-        return percent | final.get("results", {})
+        return percent | self.results
+
+    @property
+    def results(self) -> dict[str, float]:
+        """The figures of `Algorithm.results` of a finished run that are numbers."""
+        given = (self.final or {}).get("results") or {}
+        return {key: value for key, value in given.items() if isinstance(value, int | float)}
+
+    def teachers(self) -> list[dict[str, dict[str, int]]]:
+        """Of each epoch {student's bits: {teacher's bits: batches}}, of CoQuant runs."""
+        return [(line.get("algorithm") or {}).get("teachers", {}) for line in self.epochs]
 
     @property
     def seconds(self) -> float:

@@ -164,3 +164,21 @@ def test_learning_curves_show_mean_and_range_over_seeds():
     assert line.get_label() == "a (2 seeds)"
     np.testing.assert_allclose(line.get_ydata(), [20, 20])
     assert plots.figure_learning_curves({}, "accuracy").axes
+
+
+def test_accuracy_at_every_bit_width_and_the_teachers(tmp_path):
+    runs = []
+    for seed, accuracy in ((0, 90.0), (1, 92.0)):
+        folder = make_run(tmp_path / str(seed), seed=seed, final=False)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            line["algorithm"] = {"teachers": {"4": {"8": 5}, "2": {"8": 1, "4": 3}}}
+        lines.append({"kind": "final", "epoch": 4, "eval_accuracy": 0.9, "results": {"4 bits": accuracy, "2 bits": 80}})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        runs.append(folder)
+    runs.append(make_run(tmp_path / "other", "dqa/table1/cifar10-resnet18-float"))
+    page = write_report(runs, tmp_path / "r.html").read_text()
+    assert "<th>4 bits</th><th>2 bits</th>" in page
+    assert "<td>91.00 (90.00 to 92.00)</td><td>80.00 (80.00 to 80.00)</td>" in page
+    assert "by 8: 25.0 %, 4: 75.0 %" in page and "by 8: 100.0 %" in page
+    assert "Results" not in write_report(runs[2:], tmp_path / "r.html").read_text()

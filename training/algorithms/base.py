@@ -24,6 +24,9 @@ ALGORITHMS = {
     "limpq": "training.algorithms.limpq",
     "diffq": "training.algorithms.diffq",
     "mixed_precision": "training.algorithms.mixed_precision",
+    "switchable_bn": "training.algorithms.adaptive",
+    "adabits": "training.algorithms.adaptive",
+    "coquant": "training.algorithms.coquant",
 }
 _REGISTRY: dict[str, type[Algorithm]] = {}
 
