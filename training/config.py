@@ -82,6 +82,8 @@ class DataConfig:
     batch_size: int = 128
     eval_batch_size: int = 500
     augment: bool = True
+    crop: str = "area"  # of folders' augmentation: area (of any size and shape) or side (a square, anywhere)
+    color: float = 0.0  # of folders' augmentation: how far brightness, contrast and saturation may go from 1
     subset: int = 0  # 0: all; else that many training images, the same number of each class
     image_size: int = 224  # folders of images and of videos
     workers: int = 4  # threads that decode them; has no influence on results
@@ -92,6 +94,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for key in ("batch_size", "eval_batch_size", "image_size", "workers", "segments"):
             require(getattr(self, key) >= 1, f"data.{key}", "at least 1", getattr(self, key))
+        choose(self.crop, ("area", "side"), "data.crop")
+        require(0 <= self.color <= 1, "data.color", "in [0, 1]", self.color)
         require(self.subset >= 0, "data.subset", "0 (all) or a number of images", self.subset)
 
 
@@ -116,16 +120,16 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """``[schedule]``: name is constant, multistep or cosine, each after `warmup_epochs` of linear warm-up."""
+    """``[schedule]``: name is constant, multistep, cosine or linear, each after `warmup_epochs` of linear warm-up."""
 
     name: str = "constant"
     milestones: list[int] = field(default_factory=list)  # multistep: epochs that multiply lr by gamma
     gamma: float = 0.1
     warmup_epochs: float = 0.0
-    final_factor: float = 0.0  # cosine: lr at the end, as a fraction of optimizer.lr
+    final_factor: float = 0.0  # cosine, linear: lr at the end, as a fraction of optimizer.lr
 
     def __post_init__(self) -> None:
-        choose(self.name, ("constant", "multistep", "cosine"), "schedule.name")
+        choose(self.name, ("constant", "multistep", "cosine", "linear"), "schedule.name")
         require(self.warmup_epochs >= 0, "schedule.warmup_epochs", "0 or positive", self.warmup_epochs)
         require(0 < self.gamma <= 1, "schedule.gamma", "in (0, 1]", self.gamma)
         require(0 <= self.final_factor <= 1, "schedule.final_factor", "in [0, 1]", self.final_factor)

@@ -15,7 +15,9 @@ def lr_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int, epochs:
         return (step + 1) / warmup
     if schedule.name == "multistep":
         return schedule.gamma ** bisect.bisect_right(schedule.milestones, step // steps_per_epoch)
+    progress = (step - warmup) / max(1, steps_per_epoch * epochs - warmup)
     if schedule.name == "cosine":
-        progress = (step - warmup) / max(1, steps_per_epoch * epochs - warmup)
         return schedule.final_factor + (1 - schedule.final_factor) * (1 + math.cos(math.pi * progress)) / 2
+    if schedule.name == "linear":
+        return schedule.final_factor + (1 - schedule.final_factor) * (1 - progress)
     return 1.0

@@ -31,6 +31,8 @@ def test_tables_and_back(tables):
         ("run", {"epochs": True}, r"run\.epochs must be an integer, got True"),
         ("run", {"mixed_precision": "fp8"}, r"run\.mixed_precision = 'fp8' is not known"),
         ("data", {"batch_size": 0}, r"data\.batch_size must be at least 1"),
+        ("data", {"crop": "center"}, r"data\.crop = 'center' is not known; valid: area, side"),
+        ("data", {"color": -0.5}, r"data\.color must be in \[0, 1\], got -0\.5"),
         ("schedule", {"name": "multistep"}, r"schedule\.milestones must name at least one epoch"),
         ("schedule", {"milestones": [3, 2]}, r"schedule\.milestones must be rising"),
         ("schedule", {"milestones": ["a"]}, r"schedule\.milestones must be an integer, got 'a'"),
@@ -128,3 +130,5 @@ def test_schedules(tables):
     assert cosine[5] == pytest.approx(0.5)
     assert all(a >= b for a, b in pairwise(cosine[1:]))
     assert factors(name="cosine", final_factor=0.5)[4] == pytest.approx(0.75)
+    assert factors(name="linear") == pytest.approx([1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert factors(name="linear", warmup_epochs=1.0, final_factor=0.1)[:3] == pytest.approx([0.5, 1.0, 1.0])

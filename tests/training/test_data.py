@@ -4,6 +4,7 @@ import builtins
 import gzip
 import os
 import pickle
+import random
 import struct
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from training.config import ConfigError, DataConfig
 from training.data import load_data, safe_pickle
-from training.data.folder import center_box, random_resized_box
+from training.data.folder import Augmentation, View, center_box, random_resized_box, random_square
 from training.data.loader import derive_seed, eval_batches, train_batches
 from training.data.mnist import read_idx
 from training.data.sources import DataError
@@ -238,13 +239,29 @@ def test_image_folder_mistakes(image_folder):
 
 @pytest.mark.parametrize("size", [(500, 300), (1, 1), (3, 2000)])
 def test_boxes_lie_inside(size):
-    import random
-
     for seed in range(200):
         left, top, right, bottom = random_resized_box(*size, random.Random(seed))
         assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+        left, top, right, bottom = random_square(*size, random.Random(seed))
+        assert right - left == bottom - top == max(1, round(min(size) * 7 / 8))
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
     left, top, right, bottom = center_box(*size)
     assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+
+
+def test_colors_of_a_view():
+    pixels = GENERATOR.integers(60, 120, (8, 8, 3), dtype=np.uint8)
+    image, box = Image.fromarray(pixels), (0, 0, 8, 8)
+    assert np.array_equal(View(box).of(image, 8).permute(1, 2, 0).numpy(), pixels)
+    mirrored = View(box, mirror=True, colors=(("brightness", 0.5),)).of(image, 8).permute(1, 2, 0).numpy()
+    assert np.abs(mirrored[:, ::-1].astype(int) - pixels // 2).max() <= 1
+    grey = View(box, colors=(("color", 0.0),)).of(image, 8)
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
+    views = [Augmentation("side", 0.4).draw(80, 80, random.Random(seed)) for seed in range(200)]
+    factors = [factor for view in views for _, factor in view.colors]
+    assert len(factors) == 600 and 0.6 <= min(factors) < 0.65 and 1.35 < max(factors) <= 1.4
+    assert len({tuple(name for name, _ in view.colors) for view in views}) == 6
+    assert 60 < sum(view.mirror for view in views) < 140
 
 
 def test_shift_and_flip_against_a_loop():

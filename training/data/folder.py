@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from training.config import DataConfig
 from training.data.sources import DataError, data_root, find
@@ -35,9 +36,21 @@ def random_resized_box(width: int, height: int, chance: random.Random) -> tuple[
     return left, top, left + side, top + side
 
 
+def square_side(width: int, height: int) -> int:
+    """224/256 of the shorter side: what resizing that to 256 and cropping 224 leaves."""
+    return max(1, round(min(width, height) * 224 / 256))
+
+
+def random_square(width: int, height: int, chance: random.Random) -> tuple[int, int, int, int]:
+    """A square of `square_side` anywhere in the image."""
+    side = square_side(width, height)
+    left, top = chance.randint(0, width - side), chance.randint(0, height - side)
+    return left, top, left + side, top + side
+
+
 def center_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """The central square whose side is 224/256 of the shorter side: resize to 256, then crop 224."""
-    side = max(1, round(min(width, height) * 224 / 256))
+    """The central square of `square_side`."""
+    side = square_side(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 
@@ -51,11 +64,46 @@ def open_image(path: Path) -> Image.Image:
         raise DataError(f"{path} cannot be read as an image: {error}; replace it, or take it out") from error
 
 
-def cut_out(image: Image.Image, size: int, box: tuple[int, int, int, int], mirror: bool) -> torch.Tensor:
-    """uint8 [3, size, size]: the part of the image in `box`, mirrored left to right if asked for."""
-    part = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)
-    return pixels.flip(2) if mirror else pixels
+@dataclass(frozen=True)
+class View:
+    """What a network is shown of an image, or of all frames of a clip."""
+
+    box: tuple[int, int, int, int]  # left, top, right, bottom
+    mirror: bool = False
+    colors: tuple[tuple[str, float], ...] = ()  # names in `COLORS` and factors, in the order of their use
+
+    def of(self, image: Image.Image, size: int) -> torch.Tensor:
+        """uint8 [3, size, size]."""
+        part = image.resize((size, size), Image.Resampling.BILINEAR, box=self.box)
+        for name, factor in self.colors:
+            part = COLORS[name](part).enhance(factor)
+        pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+        return pixels.flip(2) if self.mirror else pixels
+
+
+COLORS = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "color": ImageEnhance.Color}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How views are drawn in training: a crop, a mirror, and with `color` c > 0 factors in [1 - c, 1 + c].
+
+    crop "area": 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3 (Szegedy et al., 2015); "side": a square of
+    224/256 of the shorter side, anywhere. The colours are brightness, contrast and saturation, in random order
+    (Howard, 2013).
+    """
+
+    crop: str = "area"
+    color: float = 0.0
+
+    def draw(self, width: int, height: int, chance: random.Random) -> View:
+        """A view of an image of this size."""
+        box = (random_resized_box if self.crop == "area" else random_square)(width, height, chance)
+        mirror = chance.random() < 0.5
+        if not self.color:
+            return View(box, mirror)
+        names = chance.sample(list(COLORS), len(COLORS))
+        return View(box, mirror, tuple((name, 1 + chance.uniform(-self.color, self.color)) for name in names))
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -66,7 +114,9 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 class ImageFolder:
     """A split on disk, decoded by `workers` threads; what a batch holds does not depend on their number."""
 
-    def __init__(self, paths: list[Path], labels: torch.Tensor, size: int, augment: bool, workers: int) -> None:
+    def __init__(
+        self, paths: list[Path], labels: torch.Tensor, size: int, augment: Augmentation | None, workers: int
+    ) -> None:
         self.paths = paths
         self.labels = labels
         self.size = size
@@ -96,11 +146,14 @@ class ImageFolder:
 
     def _read(self, path: Path, seed: str | None) -> torch.Tensor:
         image = open_image(path)
-        if seed is None:
-            return cut_out(image, self.size, center_box(*image.size), mirror=False)
-        chance = random.Random(seed)
-        box = random_resized_box(*image.size, chance)
-        return cut_out(image, self.size, box, mirror=chance.random() < 0.5)
+        if seed is None or self.augment is None:
+            return View(center_box(*image.size)).of(image, self.size)
+        return self.augment.draw(*image.size, random.Random(seed)).of(image, self.size)
+
+
+def augmentation(config: DataConfig) -> Augmentation | None:
+    """What a recipe asks for."""
+    return Augmentation(config.crop, config.color) if config.augment else None
 
 
 def load_folder(config: DataConfig) -> Data:
@@ -111,7 +164,7 @@ def load_folder(config: DataConfig) -> Data:
     if not classes:
         raise DataError(f"{train} has no folders, one is expected for each class")
 
-    def split(folder: Path, augment: bool) -> ImageFolder:
+    def split(folder: Path, augment: Augmentation | None) -> ImageFolder:
         other = sorted({entry.name for entry in folder.iterdir() if entry.is_dir()} - set(classes))
         if other:
             raise DataError(f"{folder / other[0]} is a class that {train} does not have")
@@ -124,4 +177,4 @@ def load_folder(config: DataConfig) -> Data:
             raise DataError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}) in class folders")
         return ImageFolder(paths, torch.tensor(labels), config.image_size, augment, config.workers)
 
-    return Data(split(train, config.augment), split(val, False), len(classes), channels=3)
+    return Data(split(train, augmentation(config)), split(val, None), len(classes), channels=3)

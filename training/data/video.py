@@ -19,7 +19,7 @@ import torch
 
 from training.config import DataConfig
 from training.data.clips import pick_frames
-from training.data.folder import SUFFIXES, center_box, cut_out, normalise, open_image, random_resized_box
+from training.data.folder import SUFFIXES, Augmentation, View, augmentation, center_box, normalise, open_image
 from training.data.sources import DataError, data_root
 from training.data.splits import Batch, Data
 
@@ -86,7 +86,7 @@ def check_clip(clip: Clip, segments: int, source: Path) -> None:
 class VideoFolder:
     """A split on disk: clips of `segments` frames, decoded by `workers` threads whose number changes no pixel."""
 
-    def __init__(self, clips: list[Clip], segments: int, size: int, augment: bool, workers: int) -> None:
+    def __init__(self, clips: list[Clip], segments: int, size: int, augment: Augmentation | None, workers: int) -> None:
         self.clips = clips
         self.labels = torch.tensor([clip.label for clip in clips])
         self.segments, self.size, self.augment, self.workers = segments, size, augment, workers
@@ -96,7 +96,7 @@ class VideoFolder:
         self.clips, self.labels = [self.clips[i] for i in indices.tolist()], self.labels[indices]
 
     def train_batch(self, indices: torch.Tensor, seed: int, part: slice) -> Batch:
-        """(float32 [n, T, 3, H, W], int64 [n]): random frames; with `augment` a clip's crop and mirror."""
+        """(float32 [n, T, 3, H, W], int64 [n]): random frames; with `augment` a view of the clip."""
         chances = [random.Random(f"{seed}-{position}") for position in range(len(indices))]
         return self._batch(indices[part], list(chances[part]))
 
@@ -114,12 +114,11 @@ class VideoFolder:
         names = frame_names(clip.folder)
         picked = pick_frames(clip.frames, self.segments, chance)
         images = [open_image(clip.folder / names[i]) for i in picked]
-        width, height = images[0].size
-        if chance is None or not self.augment:
-            box, mirror = center_box(width, height), False
+        if chance is None or self.augment is None:
+            view = View(center_box(*images[0].size))
         else:
-            box, mirror = random_resized_box(width, height, chance), chance.random() < 0.5
-        return torch.stack([cut_out(image, self.size, box, mirror) for image in images])
+            view = self.augment.draw(*images[0].size, chance)
+        return torch.stack([view.of(image, self.size) for image in images])
 
 
 def load_video(config: DataConfig) -> Data:
@@ -141,7 +140,8 @@ def load_video(config: DataConfig) -> Data:
             f"{lists[config.train_list]} end at {num_classes - 1}"
         )
 
-    def split(name: str, augment: bool) -> VideoFolder:
+    def split(name: str, augment: Augmentation | None) -> VideoFolder:
         return VideoFolder(found[name], config.segments, config.image_size, augment, config.workers)
 
-    return Data(split(config.train_list, config.augment), split(config.test_list, False), num_classes, channels=3)
+    train, test = split(config.train_list, augmentation(config)), split(config.test_list, None)
+    return Data(train, test, num_classes, channels=3)
