@@ -86,11 +86,13 @@ def search(
     with friendly_errors():
         config = load(recipe, settings or [])
         from training.reproduce import resolve_start
+        from training.search.driver import indicators_folder
         from training.search.driver import search as find
         from training.search.policy import policy_path
 
-        path = out or policy_path(Path("runs") / config.run.name)
-        policy = find(resolve_start(config, Path("runs")), Path("runs"), print)
+        root = Path("runs")
+        path = out or policy_path(root / config.run.name)
+        policy = find(resolve_start(config, root), indicators_folder(config, root), print)
         policy.write(path)
     for name, (weight, activation) in policy.layers.items():
         print(f"{name:40} weights {weight}, activations {activation}")

@@ -1,4 +1,4 @@
-"""Figures of the DQA paper and learning curves. Every function returns a `matplotlib.figure.Figure`.
+"""Figures of the papers and learning curves. Every function returns a `matplotlib.figure.Figure`.
 
 No function touches pyplot's global state, so they may be called from threads and from tests, with no display.
 """
@@ -21,6 +21,7 @@ import quantkernels as qk
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 # Li et al. move along directions of weight tensors only; biases and batch-norm (at most 1-D) stay.
 SMALLEST_WEIGHT_RANK = 2
+FLOAT_BITS = 32
 TICKS = (-1, -0.5, 0, 0.5, 1)
 
 
@@ -222,6 +223,27 @@ def figure_loss_surface(surfaces: Mapping[str, np.ndarray], span: float = 1.0) -
         axes.tick_params(labelsize="x-small")
         axes.set_box_aspect(None, zoom=0.85)
         axes.set_title(f"{name}\nroughness {roughness(surface):.2f}", fontsize="medium")
+    return figure
+
+
+# Bits of every layer
+
+
+def figure_bits(bits: Mapping[str, tuple[float, float]]) -> Figure:
+    """Figure 1 of the LIMPQ supplement: the bits of every layer's weight and activation, in the network's order.
+
+    bits: layer -> (weight bits, activation bits); 32 stands for float and is left out.
+    """
+    figure = _figure(max(5.6, 0.26 * len(bits) + 1.6), 4.2)
+    axes = figure.add_subplot()
+    places = np.arange(len(bits))
+    for k, (name, shift) in enumerate((("weights", -0.2), ("activations", 0.2))):
+        values = [pair[k] if pair[k] < FLOAT_BITS else np.nan for pair in bits.values()]
+        axes.bar(places + shift, values, 0.4, color=COLORS[k], label=name)
+    _tidy(axes, "", "bits")
+    axes.set_xticks(places, list(bits), rotation=90, fontsize="x-small")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize="small", ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from training.algorithms.base import build_quantizer
 from training.algorithms.dqa import CONVERGED
 from training.config import ConfigError
-from training.plots import figure_attention, figure_learning_curves
+from training.plots import figure_attention, figure_bits, figure_learning_curves
 from training.run_folder import flatten
 from training.run_reader import Run, group_by_settings, read_run
 
@@ -59,7 +59,7 @@ def write_report(
         _results_section(groups),
     ]
     parts += [_section(heading, table_html(*table)) for heading, table in (tables or {}).items()]
-    parts += [_section("Learning curves", *_learning_curves(groups)), _attention_section(groups)]
+    parts += [_section("Learning curves", *_learning_curves(groups)), _attention_section(groups), _bits_section(groups)]
     if figures:
         parts.append(_section("Figures", *(figure_html(f, caption) for caption, f in figures.items())))
     parts.append(_section("Settings", *(_settings(name, group[0]) for name, group in groups.items())))
@@ -231,6 +231,13 @@ def _attention_of(name: str, run: Run) -> list[str]:
     rows = [[layer, *(f"{value:.3f}" for value in row)] for layer, row in open_layers.items()]
     text = f"<p>{len(rows)} of {len(last)} mixtures had less than {CONVERGED} on the selected quantizer:</p>"
     return [*parts, text, table_html(["mixture", *names], rows)]
+
+
+def _bits_section(groups: Mapping[str, Sequence[Run]]) -> str:
+    """The bits of every layer, of runs where they differ, of the first seed."""
+    found = {name: run for name, group in groups.items() if (run := next((r for r in group if r.bits()), None))}
+    figures = [figure_html(figure_bits(run.bits()), f"{name}: bits of every layer") for name, run in found.items()]
+    return _section("Bits of the layers", *figures) if figures else ""
 
 
 def _quantizers(run: Run, mixture: str) -> list[Any] | None:

@@ -130,9 +130,8 @@ class Reproduction:
                     f"there is no policy in {path}; reproduce the table with one process first, or `search`"
                 )
             indicators = search_of(config).indicators
-            if indicators:
-                self.train(indicators, config.run.seed)
-            search(config, self.root).write(path)
+            trained = self.train(indicators, config.run.seed)[0] if indicators else None
+            search(config, trained).write(path)
         return with_policy(config, folder)
 
     @cached_property

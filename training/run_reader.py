@@ -74,6 +74,12 @@ class Run:
                     rows.append(values)
         return found
 
+    def bits(self) -> dict[str, tuple[float, float]]:
+        """Layer -> (weight bits, activation bits) at the end of a run with bits of their own in every layer."""
+        last = self.final or (self.epochs[-1] if self.epochs else {})
+        found = (last.get("algorithm") or {}).get("bits")
+        return {name: (pair[0], pair[1]) for name, pair in found.items()} if isinstance(found, dict) else {}
+
 
 def read_run(folder: Path | str) -> Run:
     """The run in `folder`; whatever is missing or damaged there is in `problems`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import Kind, Ste
 from .base import ScaledGrid, check_widths, uniform_levels
-from .processes import average_over_processes
+from .processes import average_over_processes, process_count
 
 # What the step is not let below: the lower clamp of LIMPQ.
 STEP_FLOOR = 1e-5
@@ -41,7 +41,8 @@ class LSQ(ScaledGrid):
     of them and its step (LIMPQ, Tang et al. 2022, section 3). None: one step, which `set_bits` rescales.
 
     dL/dx = g*1[-Qn <= v <= Qp], dL/ds = sum g*(round(v) - v inside, -Qn below, Qp from Qp on) / sqrt(numel*Qp),
-    v = x/s, numel all elements of x. At v = -Qn itself the step gets nothing (docs/numerics.md).
+    v = x/s, numel all elements of x, of an activation those of all processes' batches together. At v = -Qn itself the
+    step gets nothing (docs/numerics.md).
 
     `step` is a float32 parameter [1], or [len(per_bit)] with the highest bits first, NaN until the first training batch
     sets it to 2 E|x| / sqrt(Qp), the mean being that of all processes, or `set_step` does. It stays positive as
@@ -55,6 +56,7 @@ class LSQ(ScaledGrid):
         levels = lsq_levels("LSQ", bits, signed is not False)
         super().__init__(bits, Kind.UNIFORM, levels, Ste.FULL, None, (float("inf"), 1.0, float("inf")))
         self.role_decides = signed is None
+        self.batched = False
         self.signed = signed is not False
         self.per_bit = None if per_bit is None else check_widths("LSQ: per_bit", per_bit)
         self.index = 0
@@ -89,6 +91,7 @@ class LSQ(ScaledGrid):
     def track(self, momentum: float = 0.1) -> LSQ:
         """Become unsigned, unless `signed` was given: a layer calls this on its activation quantizer.
         Returns self."""
+        self.batched = True
         if self.role_decides:
             self.signed = False
             self._set_offsets()
@@ -131,7 +134,9 @@ class LSQ(ScaledGrid):
         if self.training:
             with torch.no_grad():
                 step.clamp_(min=STEP_FLOOR)
-            step = ScaleGradient.apply(step, (max(x.numel(), 1) * self.positive) ** -0.5)
+            # of a batch each process has its part: the scale is that of the whole one
+            numel = max(x.numel(), 1) * (process_count() if self.batched else 1)
+            step = ScaleGradient.apply(step, (numel * self.positive) ** -0.5)
         else:
             step = step.clamp(min=STEP_FLOOR)
         if self.per_bit is not None:

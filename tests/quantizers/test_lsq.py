@@ -236,3 +236,16 @@ def test_a_layer_from_training_to_disk(tmp_path):
     assert torch.equal(packed(x), expected)
     qk.save(packed, tmp_path / "lsq.safetensors")
     assert torch.equal(qk.load(tmp_path / "lsq.safetensors", architecture)(x), expected)
+
+
+def test_the_gradient_of_an_activation_is_scaled_by_the_batch_of_all_processes(monkeypatch):
+    """Of which each process has a part; the weight, and so its scale, is the same on all."""
+    layer, x = qk.nn.QLinear(8, 3, weight=qk.LSQ(4), activation=qk.LSQ(4)), torch.rand(5, 8)
+    gradients = []
+    for _ in range(2):
+        layer.zero_grad()
+        layer(x).sum().backward()
+        monkeypatch.setattr("quantkernels.quantizers.lsq.process_count", lambda: 4)
+        gradients.append([q.step.grad.clone() for q in (layer.activation_quantizer, layer.weight_quantizer)])
+    assert gradients[1][0].item() == pytest.approx(gradients[0][0].item() / 2)
+    assert torch.equal(gradients[1][1], gradients[0][1])

@@ -31,6 +31,9 @@ weight, activation = {"kind": "MinMax", "bits": 4}, {"kind": "MinMax", "bits": 4
 quantized = config(True, name="vanilla", weight=weight, activation=activation)
 save("quantized", engine.run(quantized, f"{sys.argv[1]}/quantized"))
 
+for name, algorithm in json.load(open(f"{sys.argv[1]}/algorithms.json")).items():
+    save(name, engine.run(config(False, **algorithm), f"{sys.argv[1]}/{name}"))
+
 class Killed(BaseException):
     pass
 
@@ -51,11 +54,20 @@ torch.distributed.destroy_process_group()
 """
 
 
+# algorithms of which two processes must compute what one does
+ALGORITHMS = {
+    "limpq": {"name": "limpq", "bits": [4, 2]},
+    "mixed_precision": {"name": "mixed_precision", "policy": {"layers": {"2": [3, 4], "4": [2, 3]}}},
+    "diffq": {"name": "diffq", "penalty": 100.0, "bits_lr": 0.05},
+}
+
+
 @pytest.fixture(scope="module")
 def two_processes(tiny, tmp_path_factory, environment):
     folder = tmp_path_factory.mktemp("two")
     (folder / "worker.py").write_text(WORKER)
     (folder / "tables.json").write_text(json.dumps(tiny(data={"batch_size": 64}).to_tables()))
+    (folder / "algorithms.json").write_text(json.dumps(ALGORITHMS))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(folder / "worker.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -63,7 +75,7 @@ def two_processes(tiny, tmp_path_factory, environment):
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "norm", "quantized", "resumed"])
+@pytest.mark.parametrize("name", ["plain", "norm", "quantized", "resumed", *ALGORITHMS])
 def test_both_processes_have_the_same_network(two_processes, name):
     """Running statistics of batch-norm and activations too: those of the main process are everyone's."""
     one, other = (torch.load(two_processes / f"{name}-rank{rank}.pt") for rank in (0, 1))
@@ -86,6 +98,16 @@ def test_two_processes_compute_what_one_computes(two_processes, tiny, tmp_path):
     about = json.loads((two_processes / "plain/config.json").read_text())
     assert about["processes"] == 2
     assert about["recipe"] == config.to_tables()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_two_processes_train_an_algorithm_as_one_does(two_processes, tiny, tmp_path, name):
+    """Until sums in another order have moved enough values across a rounding tie: 11 steps and what they lead to."""
+    config = tiny(model={"batch_norm": False}, data={"batch_size": 64}, algorithm=ALGORITHMS[name])
+    one = engine.run(config, tmp_path / "one")
+    first = json.loads((two_processes / f"{name}/metrics.jsonl").read_text().splitlines()[0])
+    for key in ("train_loss", "eval_loss"):
+        assert first[key] == pytest.approx(one.metrics[0][key], rel=1e-3), key
 
 
 @pytest.mark.slow

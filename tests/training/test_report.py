@@ -182,3 +182,24 @@ def test_accuracy_at_every_bit_width_and_the_teachers(tmp_path):
     assert "<td>91.00 (90.00 to 92.00)</td><td>80.00 (80.00 to 80.00)</td>" in page
     assert "by 8: 25.0 %, 4: 75.0 %" in page and "by 8: 100.0 %" in page
     assert "Results" not in write_report(runs[2:], tmp_path / "r.html").read_text()
+
+
+def test_bits_of_the_layers(tmp_path):
+    folder = make_run(tmp_path / "run", "limpq/table1/limpq", epochs=1)
+    bits = {"layer1.0.conv1": [4, 3], "layer1.0.conv2": [2, 32]}
+    final = {"kind": "final", "epoch": 1, "eval_accuracy": 0.769, "eval_top5": 0.9, "algorithm": {"bits": bits}}
+    final["results"] = {"size MB": 7.97, "search s": 0.4}
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[:-1]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(final)]) + "\n")
+    page = write_report([folder], tmp_path / "report.html").read_text()
+    assert "Bits of the layers" in page and "limpq/table1/limpq: bits of every layer" in page
+    assert "<td>7.97</td><td>0.40</td>" in page
+    figure = plots.figure_bits(read_run(folder).bits())
+    heights = [[bar.get_height() for bar in bars] for bars in figure.axes[0].containers]
+    np.testing.assert_equal(heights, [[4, 2], [3, np.nan]])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list(bits)
+
+
+def test_a_run_without_bits_of_its_layers_has_no_such_section(tmp_path):
+    page = write_report([make_run(tmp_path / "run")], tmp_path / "report.html").read_text()
+    assert "Bits of the layers" not in page

@@ -164,12 +164,16 @@ QUANTIZED = {
     "MinMax": {"name": "vanilla", "weight": MIXTURE[0], "activation": MIXTURE[1]},
     "DQA": {"name": "dqa", "weight": MIXTURE, "activation": MIXTURE, "penalty": 5.0},
     "Binary-Relax": {"name": "binary_relax", "weight": MIXTURE},
+    "LIMPQ": {"name": "limpq", "bits": [4, 2]},
+    "mixed precision": {"name": "mixed_precision", "policy": {"layers": {"3": [3, 4], "6": [2, 3]}}},
+    "DiffQ": {"name": "diffq", "penalty": 500.0, "bits_lr": 0.1},
 }
 
 
 @pytest.mark.parametrize("algorithm", QUANTIZED.values(), ids=QUANTIZED)
 def test_quantized_training_is_resumed(tiny, tmp_path, monkeypatch, same_weights, algorithm):
-    """PACT's alpha, ranges of activations, attention, temperature, omega: all are in the checkpoint."""
+    """PACT's alpha, ranges of activations, attention, temperature, omega, steps, an optimizer of the algorithm's own:
+    all are in the checkpoint."""
     config = tiny(algorithm=algorithm, run={"epochs": 2})
     engine.run(config, tmp_path / "whole")
     assert run_until(monkeypatch, config, tmp_path / "parts", (engine.Trainer, "_train_step"), 14)

@@ -14,6 +14,14 @@ from training.algorithms.limpq import layers_of, prepare_lsq
 from training.config import ConfigError, nearest, require
 from training.search.accounting import Bits, ends
 
+# column of a table -> what a policy's file calls it
+COLUMNS = {
+    "size MB": "size_mb",
+    "GBitOps": "gbitops",
+    "indicators s": "indicator_seconds",
+    "search s": "search_seconds",
+}
+
 
 def check_policy(layers: Mapping[str, Any], names: Sequence[str]) -> Bits:
     """Layer -> (weight bits, activation bits), of a policy's table of `layers`, for a network with layers `names`.
@@ -77,19 +85,11 @@ class MixedPrecision(Algorithm):
         qk.nn.calibrate_batch_norm(model, batches())
 
     def results(self, model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Size, BitOps and average bits of the policy."""
+        """Size, BitOps and average bits of the policy; seconds of the training of its indicators, and of its search."""
         assert isinstance(self.policy, Mapping)
-        about = self.policy.get("about")
-        if not about:
-            return {}
-        weight, activation = about["average_bits"]
-        return {
-            "size MB": about["size_mb"],
-            "GBitOps": about["gbitops"],
-            "weight bits": weight,
-            "activation bits": activation,
-            "search s": about["search_seconds"],
-        }
+        about = self.policy.get("about", {})
+        found = {column: about[key] for column, key in COLUMNS.items() if key in about}
+        return found | dict(zip(("weight bits", "activation bits"), about.get("average_bits", []), strict=False))
 
     def metrics(self, model: nn.Module) -> dict[str, Any]:
         """The policy: bits of every layer, size, BitOps, time of the search."""

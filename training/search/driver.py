@@ -20,6 +20,7 @@ from training.config import Config, ConfigError, UserError, choose, load, requir
 from training.data import Data, load_data
 from training.data.loader import derive_seed, train_batches
 from training.options import bit_set, call_with_options
+from training.run_reader import read_run
 from training.search.accounting import FIXED_BITS, LayerSize, ends, measure
 from training.search.methods import hawq_costs, hutchinson_traces, limpq_costs
 from training.search.policy import Budgets, Policy, best_bits, describe, option_pairs
@@ -80,11 +81,11 @@ def search_of(config: Config) -> Search:
     return call_with_options(Search, table, "algorithm.search")
 
 
-def search(config: Config, root: Path, note: Callable[[str], None] = lambda text: None) -> Policy:
+def search(config: Config, indicators: Path | None, note: Callable[[str], None] = lambda text: None) -> Policy:
     """The policy that a recipe's ``[algorithm.search]`` asks for. `note` is told how long the parts take.
 
-    root: the folder of the runs' folders; ``model.init`` must be a file by now. Raises UserError for a run that is
-    missing or a budget that cannot be met.
+    indicators: the folder of the run with the indicators, of limpq. ``model.init`` must be a file by now. Raises
+    UserError for a run that is missing or a budget that cannot be met.
     """
     options = search_of(config)
     data = load_data(config.data)
@@ -94,11 +95,14 @@ def search(config: Config, root: Path, note: Callable[[str], None] = lambda text
     if len(sizes) < 3:
         raise UserError(f"{config.model.name} has no layer between its first and its last one: nothing to search")
     started = time.monotonic()
+    trained = 0.0
     if options.method == "uniform":
         bits = uniform_bits(sizes, options)
     else:
         if options.method == "limpq":
-            pairs, cost = limpq_options(indicators_folder(config, root), options, sizes)
+            assert indicators is not None
+            trained = read_run(indicators).seconds
+            pairs, cost = limpq_options(indicators, options, sizes)
         else:
             pairs, cost = hawq_options(config, options, sizes, model, data)
         note(f"sensitivities: {time.monotonic() - started:.2f} s")
@@ -107,6 +111,7 @@ def search(config: Config, root: Path, note: Callable[[str], None] = lambda text
         note(f"integer program with {len(bits) * len(pairs)} binaries: {time.monotonic() - begun:.2f} s")
     about = describe(sizes, bits) | {
         "search_seconds": round(time.monotonic() - started, 3),
+        "indicator_seconds": round(trained, 3),
         "search": dict(config.algorithm.options["search"]),
     }
     return Policy(bits, options.method, about)
@@ -128,9 +133,11 @@ def uniform_bits(sizes: Mapping[str, LayerSize], options: Search) -> dict[str, t
     return feasible[-1]
 
 
-def indicators_folder(config: Config, root: Path) -> Path:
-    """Where the run with the indicators is. Raises UserError where there is none."""
+def indicators_folder(config: Config, root: Path) -> Path | None:
+    """Where the run with the indicators is, of limpq. Raises UserError where there is none."""
     name, seed = search_of(config).indicators, config.run.seed
+    if not name:
+        return None
     folder = root / load(name, [f"run.seed={seed}"]).run.name
     if not folder.is_dir():
         command = f"python -m training run {name}" + (f" --set run.seed={seed}" if seed else "")
