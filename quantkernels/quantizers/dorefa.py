@@ -209,5 +209,5 @@ class CentredDoReFa(NestedDoReFa):
 
     def levels_of(self, highest: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """(2^-b - 1, 2^(1 - b))."""
-        step = torch.full_like(codes.sum(), 2.0 ** (1 - self.bits))
+        step = codes.new_full((), 2.0 ** (1 - self.bits))
         return step / 2 - 1, step

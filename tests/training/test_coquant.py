@@ -350,3 +350,45 @@ def test_statistics_of_weights_are_computed_once_a_step(monkeypatch):
     algorithm.before_batch(network, 0)
     algorithm.loss(joint, *batch(), F.cross_entropy)
     assert len(calls) == sum(isinstance(m, QuantizedLayer) for m in network.modules())
+
+
+@pytest.mark.parametrize(("options", "reads"), [({"swap": "none"}, 0), ({"swap": "uniform", "p1": 0.0}, 2)])
+def test_the_step_reads_no_value_of_the_device_but_the_teacher_of_a_swap(monkeypatch, options, reads):
+    """Two of the three students have several teachers to choose from."""
+    algorithm, network, joint = prepared(**options)
+    algorithm.before_batch(network, 0)
+    read = []
+    for name in ("item", "tolist", "__int__", "__float__", "__bool__", "__index__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, name=name, f=original: read.append(name) or f(x))
+    algorithm.loss(joint, *batch(), F.cross_entropy)[0].backward()
+    monkeypatch.undo()
+    assert read == ["__int__"] * reads
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_the_step_does_not_wait_for_the_device():
+    algorithm, network, joint = prepared(swap="none")
+    inputs, targets = (x.cuda() for x in batch())
+    algorithm.start(network.cuda(), 100, 10, 10)
+    for step in range(2):
+        algorithm.before_batch(network, step)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            algorithm.loss(joint, inputs, targets, F.cross_entropy)[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_blocks_of_mobilenet_are_lent():
+    torch.manual_seed(6)
+    algorithm = build_algorithm("coquant", {"bits": [8, 2], "p1": 0.5, "swap": "uniform"})
+    network = algorithm.prepare(build_model("mobilenet_v2", 10, in_channels=1, stem="cifar"))
+    algorithm.start(network, 100, 10, 10)
+    algorithm.before_batch(network, 0)
+    inputs, targets = batch()
+    algorithm.loss(algorithm.wrap(network), inputs[:4], targets[:4], F.cross_entropy)[0].backward()
+    assert 0 < sum(algorithm.lent[1]) < 17
+    for block, lent in zip(coquant.residual_blocks(network), algorithm.lent[1], strict=True):
+        assert all((m.norms["2"].weight.grad is None) == lent for m in block.modules() if hasattr(m, "norms"))

@@ -34,6 +34,35 @@ def test_every_row_of_the_dqa_tables_has_a_recipe():
     assert found == {"DQA table 1": 28, "DQA table 2": 13, "DQA table 3": 8, "DQA table 4": 4}
 
 
+def test_every_row_of_the_coquant_tables_has_a_recipe():
+    found = {table: len(rows) for table, rows in by_table(ALL).items() if table.startswith("CoQuant")}
+    assert found == {
+        "CoQuant lambda": 3,
+        "CoQuant methods": 16,
+        "CoQuant table 1": 6,
+        "CoQuant table 3": 6,
+        "CoQuant table 4": 3,
+        "CoQuant table 5": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "p1", "distance", "alpha", "alpha_lr", "alpha_decay"),
+    [
+        ("methods/cifar10-resnet18", 0.9, 0.001, 8, 0.1, 1e-4),
+        ("methods/cifar10-mobilenetv2", 0.5, 0.001, 8, 0.01, 4e-5),
+        ("methods/imagenet-resnet18", 0.7, 0.001, 8, 0.1, 6e-5),
+        ("table3/activitynet-resnet18", 0.5, 0.001, 4, 0.01, 5e-4),
+        ("methods/activitynet-resnet50", 0.7, 0.0001, 4, 0.1, 5e-4),
+        ("table3/minikinetics-resnet18", 0.7, 0.001, 2, 0.1, 1e-4),
+    ],
+)
+def test_hyper_parameters_of_coquant_are_those_of_its_table_2(name, p1, distance, alpha, alpha_lr, alpha_decay):
+    given = config.load(f"coquant/{name}-coquant").algorithm.options
+    keys = ("p1", "distance", "alpha", "quantizer_lr", "quantizer_weight_decay")
+    assert [given[key] for key in keys] == [p1, distance, alpha, alpha_lr, alpha_decay]
+
+
 def test_every_row_of_a_table_has_a_name_and_a_twin():
     for table, members in by_table(ALL).items():
         assert all(recipe.has_twin for recipe in members), table
