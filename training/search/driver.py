@@ -95,13 +95,11 @@ def search(config: Config, indicators: Path | None, note: Callable[[str], None] 
     if len(sizes) < 3:
         raise UserError(f"{config.model.name} has no layer between its first and its last one: nothing to search")
     started = time.monotonic()
-    trained = 0.0
     if options.method == "uniform":
         bits = uniform_bits(sizes, options)
     else:
         if options.method == "limpq":
             assert indicators is not None
-            trained = read_run(indicators).seconds
             pairs, cost = limpq_options(indicators, options, sizes)
         else:
             pairs, cost = hawq_options(config, options, sizes, model, data)
@@ -109,11 +107,10 @@ def search(config: Config, indicators: Path | None, note: Callable[[str], None] 
         begun = time.monotonic()
         bits = best_bits(sizes, pairs, cost, options.budgets)
         note(f"integer program with {len(bits) * len(pairs)} binaries: {time.monotonic() - begun:.2f} s")
-    about = describe(sizes, bits) | {
-        "search_seconds": round(time.monotonic() - started, 3),
-        "indicator_seconds": round(trained, 3),
-        "search": dict(config.algorithm.options["search"]),
-    }
+    about = describe(sizes, bits) | {"search_seconds": round(time.monotonic() - started, 3)}
+    if indicators is not None:
+        about["indicator_seconds"] = round(read_run(indicators).seconds, 3)
+    about["search"] = dict(config.algorithm.options["search"])
     return Policy(bits, options.method, about)
 
 
