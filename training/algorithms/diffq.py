@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,9 +80,8 @@ class DiffQ(Algorithm):
 
     def before_batch(self, model: nn.Module, step: int) -> None:
         """Noise that is the same on all processes: it is of weights, and those are the same."""
-        seeds = torch.randint(2**62, (len(self.layers),)).tolist()
-        for (quantizer, _), seed in zip(self.layers.values(), seeds, strict=True):
-            quantizer.seed = seed
+        for quantizer, _ in self.layers.values():
+            quantizer.seed = random.getrandbits(62)
 
     def size_mb(self) -> torch.Tensor:
         """Size of all weights at the bits as they are, not rounded; differentiable."""
