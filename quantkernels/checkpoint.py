@@ -333,7 +333,7 @@ def check_architecture(path: Any, layers: Mapping[str, Any], norms: Mapping[str,
             told = ", ".join(f"{k} {theirs[k]} (model: {mine[k]})" for k in differing)
             problems.append(f"{name!r} differs: {told}")
         norm = modules.get(record["folded"]) if record["folded"] is not None else None
-        if record["folded"] is not None and not isinstance(norm, BATCH_NORMS):
+        if record["folded"] is not None and not isinstance(norm, (*BATCH_NORMS, SwitchableBatchNorm2d)):
             problems.append(f"{name!r} has a batch-norm {record['folded']!r} folded in, which the model does not have")
     for name, record in norms.items():
         norm = modules.get(name)

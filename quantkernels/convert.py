@@ -208,7 +208,7 @@ def convert(model: nn.Module, fold: bool = True, bit_widths: Sequence[int] | Non
     where that cannot be traced of its children; batch-norms that are not proven to follow stay.
 
     bit_widths: of an adaptive network all bit-widths that the packed one shall have, between which `set_bits` switches
-    it: planes are there once, grids and switchable batch-norms (which are not folded) for each. It needs weights
+    it: planes are there once, grids and switchable batch-norms (or what they fold into) for each. It needs weights
     whose codes are nested (`ModifiedDoReFa`, `CentredDoReFa`). None: the precision that the network has now, with the
     batch-norms in use.
 
@@ -225,6 +225,7 @@ def convert(model: nn.Module, fold: bool = True, bit_widths: Sequence[int] | Non
     packed = reduce_norms(packed, bit_widths)
     layers = quantized_layers(packed, "convert")
     plan = plan_folds(packed) if fold else FoldPlan()
+    goes_with = {id(norm): layer for layer, norm in switchable_norms(packed)}
     made: dict[int, nn.Module] = {}
     for name, layer in layers.items():
         made[id(layer)] = pack_layer(layer, bit_widths)
@@ -232,6 +233,8 @@ def convert(model: nn.Module, fold: bool = True, bit_widths: Sequence[int] | Non
         if norm_name is None:
             continue
         norm = packed.get_submodule(norm_name)
+        if goes_with.get(id(norm), name) != name:
+            continue  # a policy would switch it with another layer
         replacement = made[id(layer)]
         assert isinstance(replacement, PackedLayer)
         replacement.fold(*batch_norm_scale_shift(norm))

@@ -74,17 +74,21 @@ def _only_input(node: fx.Node) -> fx.Node | None:
 
 
 def foldable(conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether the second module is a plain batch-norm of the first one's channels, with statistics, and neither has
-    hooks."""
+    """Whether the second module is a plain or switchable batch-norm of the first one's channels, with statistics, and
+    neither has hooks."""
     return (
         isinstance(conv, QConv2d)
         and conv.weight_quantizer is not None
-        and type(norm) in BATCH_NORMS
-        and norm.running_mean is not None
+        and all(type(plain) in BATCH_NORMS and plain.running_mean is not None for plain in plain_norms(norm))
         and bool(norm.num_features == conv.out_channels)
         and not _hooked(conv)
         and not _hooked(norm)
     )
+
+
+def plain_norms(norm: nn.Module) -> list[Any]:
+    """The batch-norms that a switchable one consists of, highest bits first; of another module itself."""
+    return list(norm.norms.values()) if isinstance(norm, SwitchableBatchNorm2d) else [norm]
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -92,11 +96,14 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def batch_norm_scale_shift(norm: Any) -> tuple[Tensor, Tensor]:
-    """float32 [C] scale = gamma/sqrt(var + eps) and shift = beta - mean*scale.
+    """float32 [C] scale = gamma/sqrt(var + eps) and shift = beta - mean*scale; of a switchable one [bit-widths, C].
 
     Both are rounded where torch's own batch-norm on the CPU rounds them (shift by a fused multiply-add, for which
     float64 stands in), so that there the folded layer gives the same bits.
     """
+    if isinstance(norm, SwitchableBatchNorm2d):
+        scales, shifts = zip(*map(batch_norm_scale_shift, plain_norms(norm)), strict=True)
+        return torch.stack(scales), torch.stack(shifts)
     with torch.no_grad():
         scale = torch.rsqrt(norm.running_var.float() + norm.eps)
         if norm.weight is not None:

@@ -112,20 +112,42 @@ def test_the_present_precision_alone_is_packed_and_folded(x):
 
 def test_some_of_the_bit_widths(x):
     model = trained()
-    packed = qk.convert(model, bit_widths=[2, 4])
+    packed = qk.convert(model, fold=False, bit_widths=[2, 4])
     assert packed.stem.planes.shape[0] == 4 and packed.norm.widths == [4, 2] and packed.norm.bits == 4
     with torch.no_grad():
         for bits in (4, 2):
             assert torch.equal(qk.set_bits(packed, bits)(x), qk.set_bits(model, bits)(x))
 
 
-def test_a_policy(x):
+def test_batch_norms_are_folded_for_each_bit_width():
     model = trained()
     packed = qk.convert(model, bit_widths=WIDTHS)
+    assert packed.stem.folded == "norm" and isinstance(packed.norm, nn.Identity)
+    assert packed.stem.scale.shape == packed.stem.shift.shape == (5, 9)
+    qk.set_bits(packed, 4)
+    norm = model.norm.norms["4"]
+    torch.testing.assert_close(packed.stem.epilogue.scale, norm.weight / (norm.running_var + norm.eps).sqrt())
+
+
+def test_a_batch_norm_that_goes_with_another_layer_is_not_folded():
+    class Backwards(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = self._modules.pop("norm")  # registered last: a policy switches it with the head
+
+    model = qk.prepare(Backwards(), weight=qk.ModifiedDoReFa(8), activation=None)
+    packed = qk.convert(qk.switch_batch_norms(model, WIDTHS), bit_widths=WIDTHS)
+    assert packed.stem.folded is None and packed.depthwise.folded == "last_norm"
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_policy(x, fold):
+    model = trained()
+    packed = qk.convert(model, fold=fold, bit_widths=WIDTHS)
     policy = {"stem": (8, 6), "depthwise": (2, 4), "head": (4, None)}
     for network in (model, packed):
         qk.set_bits(qk.set_bits(network, 8), policy)
-    assert (packed.norm.bits, packed.last_norm.bits) == (8, 2)
+    assert fold or (packed.norm.bits, packed.last_norm.bits) == (8, 2)
     assert (packed.head.weight_bits, packed.head.activation_bits) == (4, 8)
     with torch.no_grad():
         assert torch.equal(packed(x), model(x))
@@ -139,7 +161,7 @@ def test_a_bit_width_that_was_not_trained(x):
     """Nearest trained batch-norm and clipping level, then calibration: also of the packed network itself."""
     model = trained()
     qk.copy_bits(model, 6, 5)
-    packed = qk.convert(model, bit_widths=WIDTHS)
+    packed = qk.convert(model, fold=False, bit_widths=WIDTHS)
     batches = [torch.randn(8, 3, 6, 6) for _ in range(3)]
     for network in (model, packed):
         calibrate_batch_norm(qk.set_bits(network, 5), batches)
@@ -161,7 +183,7 @@ def test_errors():
 @pytest.fixture
 def path(tmp_path):
     file = tmp_path / "net.safetensors"
-    qk.save(qk.convert(trained(), bit_widths=WIDTHS), file)
+    qk.save(qk.convert(trained(), fold=False, bit_widths=WIDTHS), file)
     return file
 
 

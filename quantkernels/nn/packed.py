@@ -47,7 +47,8 @@ class PackedLayer(nn.Module):
     dtype of the input.
 
     widths: bit-widths that the layer can be switched to (`set_bits`), for uniform codes. The planes are then those of
-    the highest one, of which each uses its first; grids have a leading dimension, one entry a bit-width.
+    the highest one, of which each uses its first; grids have a leading dimension, one entry a bit-width, and so may
+    scale and shift (one entry a bit-width of the weight).
 
     Raises ValueError where a buffer does not have the shape that the kernels rely on.
     """
@@ -77,7 +78,7 @@ class PackedLayer(nn.Module):
         check_tensor("weight grid", weight.grid, torch.float32, (*several, 1, 3), (*several, out, 3))
         for name, value in epilogue._asdict().items():
             if value is not None:
-                check_tensor(name, value, torch.float32, (out,))
+                check_tensor(name, value, torch.float32, *self._epilogue_shapes(name, out))
         self.weight_kind, self.weight_levels = int(weight.kind), int(weight.levels)
         self.activation_kind, self.activation_levels = -1, 0
         if activation is not None:
@@ -155,8 +156,16 @@ class PackedLayer(nn.Module):
 
     @property
     def epilogue(self) -> Epilogue:
-        """Bias, scale and shift."""
-        return Epilogue(self.bias, self.scale, self.shift)
+        """Bias, and the scale and shift of the weight bits in use."""
+        scale, shift = self.scale, self.shift
+        if self.widths is not None and scale is not None and shift is not None and scale.dim() == 2:
+            index = self.widths.weight.index(self.weight_bits)
+            scale, shift = scale[index], shift[index]
+        return Epilogue(self.bias, scale, shift)
+
+    def _epilogue_shapes(self, name: str, out: int) -> list[tuple[int, ...]]:
+        several = [] if self.widths is None or name == "bias" else [(len(self.widths.weight), out)]
+        return [(out,), *several]
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -174,13 +183,15 @@ class PackedLayer(nn.Module):
         return self.weight_planes().decode(x.dtype)
 
     def fold(self, scale: Tensor, shift: Tensor) -> None:
-        """Append y * scale + shift, each float32 [out], to the epilogue. Raises ValueError if one is there
-        already."""
+        """Append y * scale + shift to the epilogue, each float32 [out], or [bit-widths, out] where there are several.
+        Raises ValueError if one is there already."""
         if self.scale is not None:
             raise ValueError("fold: this layer already has a scale and a shift")
         out = self.planes.shape[1]
-        check_tensor("scale", scale, torch.float32, (out,))
-        check_tensor("shift", shift, torch.float32, (out,))
+        check_tensor("scale", scale, torch.float32, *self._epilogue_shapes("scale", out))
+        check_tensor("shift", shift, torch.float32, *self._epilogue_shapes("shift", out))
+        if scale.shape != shift.shape:
+            raise ValueError(f"fold: scale and shift must have one shape, got {list(scale.shape)}, {list(shift.shape)}")
         self.scale, self.shift = scale, shift
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
