@@ -23,7 +23,7 @@ if(QK_EMU_SANITIZE)
 endif()
 
 # Indexing is checked by the compiler; the emulator answers (csrc/emu/emulator.cpp). Kernels keep their names, for its messages.
-add_library(qk_emu_scheduler OBJECT csrc/emu/emulator.cpp)
+add_library(qk_emu_scheduler OBJECT csrc/emu/emulator.cpp csrc/emu/banks.cpp)
 target_link_libraries(qk_emu_scheduler PRIVATE qk_emu_options qk_warnings)
 add_library(qk_emu_kernels OBJECT ${kernels})
 target_link_libraries(qk_emu_kernels PRIVATE qk_emu_options qk_warnings)

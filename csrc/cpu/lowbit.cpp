@@ -216,13 +216,10 @@ Codes encode_activation(const LowbitArgs& args, const Plan& plan) {
   return codes;
 }
 
-TapClasses::TapClasses(int64_t out_size, int64_t in_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  of.reserve(out_size);
-  for (int64_t o = 0; o < out_size; ++o) {
-    const int64_t start = o * stride - pad;
-    TapRange range;
-    range.first = std::min(kernel, start >= 0 ? 0 : divide_up(-start, dilation));
-    range.last = start >= in_size ? range.first : std::clamp(divide_up(in_size - start, dilation), range.first, kernel);
+TapClasses::TapClasses(const WindowAxis& axis) {
+  of.reserve(axis.out_size);
+  for (int64_t o = 0; o < axis.out_size; ++o) {
+    const TapRange range = axis.taps(o);
     // Along a dimension both ends only fall, so equal ranges are neighbours.
     if (ranges.empty() || !(ranges.back() == range)) ranges.push_back(range);
     of.push_back(static_cast<int32_t>(ranges.size() - 1));

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/args.h"
+#include "core/window.h"
 #include "cpu/buffer.h"
 #include "cpu/dot.h"
 
@@ -41,28 +42,18 @@ struct Codes {
 
 Codes encode_activation(const LowbitArgs& args, const Plan& plan);
 
-// Taps of a window that lie inside the image along one dimension: [first, last).
-struct TapRange {
-  int64_t first, last;
-
-  int64_t count() const { return last - first; }
-  bool operator==(const TapRange&) const = default;
-};
-
 // Output positions along one dimension by the taps that are valid there: a few ranges, whatever the image's size.
 struct TapClasses {
   std::vector<TapRange> ranges;
   std::vector<int32_t> of;  // [output size]: index into ranges
 
-  TapClasses(int64_t out_size, int64_t in_size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation);
+  explicit TapClasses(const WindowAxis& axis);
 };
 
 struct Window {
   TapClasses rows, columns;
 
-  explicit Window(const ConvGeometry& g)
-      : rows(g.out_height, g.in_height, g.kernel_height, g.stride_height, g.pad_top, g.dilation_height),
-        columns(g.out_width, g.in_width, g.kernel_width, g.stride_width, g.pad_left, g.dilation_width) {}
+  explicit Window(const ConvGeometry& g) : rows(row_axis(g)), columns(column_axis(g)) {}
 
   int64_t count() const { return static_cast<int64_t>(rows.ranges.size() * columns.ranges.size()); }
   int64_t of(int64_t oy, int64_t ox) const {

@@ -4,11 +4,24 @@
 
 namespace qk::cuda {
 
-int multiprocessors() {
-  int device = 0, count = 0;
+namespace {
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
+}
+
+}  // namespace
+
+int multiprocessors() {
+  const int count = attribute(cudaDevAttrMultiProcessorCount);
   return count > 0 ? count : 1;
+}
+
+int architecture() {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 const char* last_error() {

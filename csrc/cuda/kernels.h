@@ -12,12 +12,14 @@ namespace qk::cuda {
 struct Context {
   void* stream;         // cudaStream_t
   int multiprocessors;  // of the device the stream belongs to
+  int architecture;     // its compute capability: 80, 86, 89, 90, ...
   // Device memory for partial sums, free to be used again by what the stream runs after this call.
   std::function<float*(int64_t floats)> workspace;
 };
 
-// Number of multiprocessors of the current device.
+// Of the current device.
 int multiprocessors();
+int architecture();
 
 // Text of the last launch error, or null. Clears it.
 const char* last_error();
@@ -36,5 +38,8 @@ void encode(const EncodeArgs& args, const Context& context);
 void pack_bitplanes(const PackArgs& args, const Context& context);
 void unpack_bitplanes(const UnpackArgs& args, const Context& context);
 void quantize_pack(const QuantizePackArgs& args, const Context& context);
+
+void lowbit_linear(const LowbitArgs& args, const Context& context);
+void lowbit_conv2d(const LowbitArgs& args, const Context& context);
 
 }  // namespace qk::cuda

@@ -288,6 +288,14 @@ uint64_t seed() {
   return value;
 }
 
+int architecture() {
+  static const int value = [] {
+    const char* wish = std::getenv("QK_EMU_ARCH");
+    return wish ? std::atoi(wish) : 90;
+  }();
+  return value;
+}
+
 bool run(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel, void (*body)(void*), void* context) {
   const std::lock_guard lock(launching);
   const int threads = static_cast<int>(block.x * block.y * block.z);

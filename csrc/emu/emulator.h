@@ -10,6 +10,7 @@
 //   bounds;
 //                       the space around dynamic shared memory is intact when the block ends
 //   cp.async            bytes arrive when they are waited for, not before
+//   bank conflicts      of accesses by csrc/cuda/ptx/shared.cuh, counted by line of code (csrc/emu/banks.cpp)
 //   order of threads    random, by QK_EMU_SEED: a result that needs a barrier that is not there changes with the seed
 
 #include <cstddef>
@@ -51,10 +52,16 @@ void copy_async(void* shared, const void* global, size_t bytes);
 void commit_copies();
 void wait_copies(int groups_in_flight);
 
+// Bank conflicts: a warp's accesses from one line of code, the n-th of every lane together, are one instruction. Its bytes
+// should take as few passes over the 32 banks of 4 bytes as they fill; every pass beyond is a conflict.
+void shared_access(const void* shared, size_t bytes, const Where& where);
+
 // Ends the launch: "kernel, block (x, y, z), thread (x, y, z): what, at file:line".
 [[noreturn]] void fail(const std::string& what, const char* file, unsigned line);
 
 // QK_EMU_SEED, 0 by default.
 uint64_t seed();
+// QK_EMU_ARCH, 90 by default: the compute capability that the emulated device reports.
+int architecture();
 
 }  // namespace qk::emu

@@ -5,6 +5,22 @@ struct uint3 {
   unsigned x, y, z;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
+struct alignas(8) int2 {
+  int x, y;
+};
+
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };

@@ -107,7 +107,7 @@ Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
   args.epilogue.out_dtype = dtype_of(out);
   args.x = tensors.x.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  if (out.numel() > 0) Backend::lowbit_conv2d(args);
+  if (out.numel() > 0) Backend::lowbit_conv2d(args, tensors.x);
   return out;
 }
 

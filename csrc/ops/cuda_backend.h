@@ -12,7 +12,9 @@
 #include "cuda/kernels.h"
 #include "ops/attention.h"
 #include "ops/bitplanes.h"
+#include "ops/conv.h"
 #include "ops/fake_quantize.h"
+#include "ops/matmul.h"
 #include "ops/stats.h"
 
 namespace qk::ops {
@@ -72,6 +74,8 @@ struct CudaBackend {
   static void quantize_pack(const QuantizePackArgs& args, const Tensor& x) {
     run("quantize_pack", x, cuda::quantize_pack, args);
   }
+  static void lowbit_linear(const LowbitArgs& args, const Tensor& x) { run("lowbit_linear", x, cuda::lowbit_linear, args); }
+  static void lowbit_conv2d(const LowbitArgs& args, const Tensor& x) { run("lowbit_conv2d", x, cuda::lowbit_conv2d, args); }
 };
 
 template <class Runner>
@@ -89,6 +93,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("pack_bitplanes", TORCH_BOX(&pack_bitplanes<Kernels>));
   m.impl("unpack_bitplanes", TORCH_BOX(&unpack_bitplanes<Kernels>));
   m.impl("quantize_pack", TORCH_BOX(&quantize_pack<Kernels>));
+  m.impl("lowbit_linear", TORCH_BOX(&lowbit_linear<Kernels>));
+  m.impl("lowbit_conv2d", TORCH_BOX(&lowbit_conv2d<Kernels>));
 }
 
 }  // namespace qk::ops

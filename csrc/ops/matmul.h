@@ -170,7 +170,7 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
   const int64_t out_stride[4] = {g.out_channels, 1, g.out_channels, g.out_channels};
   std::copy(x_stride, x_stride + 4, args.x_stride);
   std::copy(out_stride, out_stride + 4, args.out_stride);
-  if (out.numel() > 0) Backend::lowbit_linear(args);
+  if (out.numel() > 0) Backend::lowbit_linear(args, tensors.x);
   return out;
 }
 

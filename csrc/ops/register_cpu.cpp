@@ -45,8 +45,8 @@ struct Cpu {
   static void pack_bitplanes(const PackArgs& args, const Tensor&) { cpu::kernels().pack_bitplanes(args); }
   static void unpack_bitplanes(const UnpackArgs& args, const Tensor&) { cpu::kernels().unpack_bitplanes(args); }
   static void quantize_pack(const QuantizePackArgs& args, const Tensor&) { cpu::kernels().quantize_pack(args); }
-  static void lowbit_linear(const LowbitArgs& args) { cpu::kernels().lowbit_linear(args); }
-  static void lowbit_conv2d(const LowbitArgs& args) { cpu::kernels().lowbit_conv2d(args); }
+  static void lowbit_linear(const LowbitArgs& args, const Tensor&) { cpu::kernels().lowbit_linear(args); }
+  static void lowbit_conv2d(const LowbitArgs& args, const Tensor&) { cpu::kernels().lowbit_conv2d(args); }
 };
 
 }  // namespace

@@ -16,7 +16,7 @@ struct OnDevice {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     Workspace workspace(x);
-    kernel(cuda::Context{stream, cuda::multiprocessors(), std::ref(workspace)});
+    kernel(cuda::Context{stream, cuda::multiprocessors(), cuda::architecture(), std::ref(workspace)});
     check_launch(op);
   }
 };

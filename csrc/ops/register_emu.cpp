@@ -10,7 +10,7 @@ struct OnEmulator {
   template <class F>
   static void run(const char* op, const Tensor& x, F kernel) {
     Workspace workspace(x);
-    kernel(cuda::Context{nullptr, cuda::multiprocessors(), std::ref(workspace)});
+    kernel(cuda::Context{nullptr, cuda::multiprocessors(), cuda::architecture(), std::ref(workspace)});
     check_launch(op);
   }
 };

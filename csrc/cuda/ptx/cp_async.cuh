@@ -9,6 +9,12 @@ namespace qk::cuda::ptx {
 #if defined(QK_EMULATOR)
 
 inline void cp_async_16(void* shared, const void* global) { emu::copy_async(shared, global, 16); }
+template <int kBytes>
+inline void cp_async_or_zero(void* shared, const void* global, bool inside, emu::Where where = emu::Where::current()) {
+  alignas(16) static const char zeros[kBytes] = {};
+  emu::shared_access(shared, kBytes, where);
+  emu::copy_async(shared, inside ? global : zeros, kBytes);
+}
 inline void cp_async_commit() { emu::commit_copies(); }
 template <int kGroupsInFlight>
 inline void cp_async_wait() {
@@ -22,6 +28,19 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
                "l"(global)
                : "memory");
+}
+
+// 16 or 4 bytes, aligned to their size; zeros if not inside, and then nothing is read. Smaller ones may only go through L1.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_or_zero(void* shared, const void* global, bool inside) {
+  static_assert(kBytes == 16 || kBytes == 4);
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = inside ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  }
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

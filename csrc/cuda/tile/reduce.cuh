@@ -13,6 +13,13 @@ namespace qk::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Every lane gets the warp's sum. All of them must call it.
+__device__ __forceinline__ int64_t warp_sum(int64_t value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
 // For ops that only map.
 struct NoReduction {
   static constexpr int kSums = 0;

@@ -20,7 +20,7 @@ inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kBlocksPerMultiprocessor = 8;  // 8 * 256 threads fill a multiprocessor of every target
 inline constexpr int64_t kShortRun = 32;            // runs below this, and at least as many rows, go by columns
 
-inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+QK_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Walk {
   Layout layout;

@@ -27,7 +27,13 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 inline constexpr cudaError_t cudaSuccess = 0;
 inline constexpr cudaError_t cudaErrorLaunchFailure = 719;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -52,8 +58,26 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 // A small device, of a size that depends on the seed: results must not depend on it, beyond the order of sums.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = 2 + static_cast<int>(qk::emu::seed() % 5), cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 2 + static_cast<int>(qk::emu::seed() % 5);
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = qk::emu::architecture() / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = qk::emu::architecture() % 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 99 << 10;  // the least that any target has
+      break;
+  }
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return qk::emu::has_error() ? cudaErrorLaunchFailure : cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) {
@@ -200,3 +224,20 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 inline int __popc(unsigned v) { return std::popcount(v); }
+// c + the four products of the bytes of a and b.
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+  for (int shift = 0; shift < 32; shift += 8) c += (a >> shift & 0xffu) * (b >> shift & 0xffu);
+  return c;
+}
+// Four bytes of the eight of (y, x), each named by a hexadecimal digit of the selector; its bit 3 copies the byte's sign.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t both = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned digit = selector >> 4 * i & 0xfu;
+    unsigned byte = static_cast<unsigned>(both >> 8 * (digit & 7u)) & 0xffu;
+    if (digit & 8u) byte = byte & 0x80u ? 0xffu : 0u;
+    result |= byte << 8 * i;
+  }
+  return result;
+}
