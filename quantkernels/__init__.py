@@ -19,7 +19,7 @@ from .convert import (
     set_bits,
     switch_batch_norms,
 )
-from .ops import backend
+from .ops import backend, plan
 from .quantizers import (
     BWN,
     HWGQ,
@@ -68,6 +68,7 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "plan",
     "prepare",
     "save",
     "set_bits",

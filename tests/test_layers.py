@@ -41,7 +41,7 @@ MAY_INCLUDE = {
     "cuda": {"core", "cuda"},
     "emu": {"core", "cuda", "emu"},
     "ops": {"core", "cpu", "cuda", "emu", "ops"},
-    "python": {"core", "cpu", "python"},
+    "python": {"core", "cpu", "cuda", "python"},
 }
 TORCH_HEADER = re.compile(r"(torch|ATen|c10|caffe2)/")
 CUDA_HEADER = re.compile(r"(cuda|cub|cooperative_groups|mma\.h|nv)")

@@ -464,22 +464,29 @@ class Gemm {
         count += min(max(gemm.pixel_count_ - w * Tile::kWarpPixels - part * kRun, 0), kRun);
       return count;
     }
-    __device__ __forceinline__ OutputPixel pixel(int p) const {
-      return ptx::load_shared<OutputPixel>(gemm.pixels_ + in_tile(p));
-    }
-    __device__ __forceinline__ int32_t sum(int p, int c) const {
+    __device__ __forceinline__ OutputPixel pixel(int p) const { return gemm.pixels_[in_tile(p)]; }
+    __device__ __forceinline__ int4 sums(int p, int c) const {
       const int at = gemm.by_channels() ? p * Tile::kChannelPitch + c : c * Tile::kPixelPitch + p;
-      return ptx::load_shared<int32_t>(gemm.stages_ + 4 * at);
+      return ptx::load_shared<int4>(gemm.stages_ + 4 * at);
     }
-    __device__ __forceinline__ float dot(int p, int c) const { return static_cast<float>(sum(p, c)); }
+    __device__ __forceinline__ void dots(int p, int c, int, float* d) const {
+      const int4 s = sums(p, c);
+      d[0] = static_cast<float>(s.x), d[1] = static_cast<float>(s.y);
+      d[2] = static_cast<float>(s.z), d[3] = static_cast<float>(s.w);
+    }
   };
 
   __device__ __forceinline__ void put_partials(const Staged& staged, int pixels_here) const {
-    for (int i = thread_; i < pixels_here * Tile::kChannels; i += kGemmThreads) {
-      const int p = i / Tile::kChannels, c = i % Tile::kChannels;
+    constexpr int kPacks = Tile::kChannels / 4;
+    for (int i = thread_; i < pixels_here * kPacks; i += kGemmThreads) {
+      const int p = i / kPacks, c = i % kPacks * 4;
       const int64_t pixel = first_pixel_ + staged.in_tile(p);
-      if (c < channel_count_)
-        p_.partial_dots[(blockIdx.y * pixels() + pixel) * g_.out_channels + first_channel_ + c] = staged.sum(p, c);
+      int32_t* const to = p_.partial_dots + (blockIdx.y * pixels() + pixel) * g_.out_channels + first_channel_ + c;
+      const int4 s = staged.sums(p, c);
+      if (c < channel_count_) to[0] = s.x;
+      if (c + 1 < channel_count_) to[1] = s.y;
+      if (c + 2 < channel_count_) to[2] = s.z;
+      if (c + 3 < channel_count_) to[3] = s.w;
     }
   }
 
@@ -507,11 +514,16 @@ struct Partials {
   const OutputPixel* own;  // [kPixels], shared
 
   __device__ __forceinline__ OutputPixel pixel(int i) const { return own[i]; }
-  __device__ __forceinline__ float dot(int i, int c) const {
-    int64_t sum = 0;
-    for (int64_t s = 0; s < p.splits; ++s)
-      sum += p.partial_dots[(s * pixels + first_pixel + i) * p.lowbit.geometry.out_channels + first_channel + c];
-    return static_cast<float>(sum);
+  __device__ __forceinline__ void dots(int pixel, int channel, int count, float* d) const {
+    const int64_t channels = p.lowbit.geometry.out_channels, step = p.lowbit.out_stride[1] == 1 ? 1 : channels;
+    const int32_t* from = p.partial_dots + (first_pixel + pixel) * channels + first_channel + channel;
+    int64_t sums[4]{};
+    for (int64_t s = 0; s < p.splits; ++s, from += pixels * channels)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i < count) sums[i] += from[i * step];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sums[i]);
   }
 };
 

@@ -37,7 +37,6 @@ __global__ void __launch_bounds__(kDotThreads) dot_product_kernel(const LowbitAr
 #pragma unroll
       for (int u = 0; u < kDotWords; ++u) {
         const int64_t word = first + 32 * u;
-        if (word >= args.words) break;
         uint32_t codes[8];
         codes_of_planes<kDigits>(bits, args.w_kind == Kind::kTernary, [&](int d, int) { return words[u][d]; }, codes);
 #pragma unroll
@@ -48,8 +47,8 @@ __global__ void __launch_bounds__(kDotThreads) dot_product_kernel(const LowbitAr
           const uint8_t* const own = x + r * row_bytes + word * kWordBits;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            if (word * kWordBits + 16 * half >= row_bytes) break;  // rows end with a whole half
-            const uint4 pack = *reinterpret_cast<const uint4*>(own + 16 * half);
+            uint4 pack{};  // rows end with a whole half; beyond it the codes of the weights are zero, too
+            if (word * kWordBits + 16 * half < row_bytes) pack = *reinterpret_cast<const uint4*>(own + 16 * half);
             const uint32_t quads[4] = {pack.x, pack.y, pack.z, pack.w};
 #pragma unroll
             for (int q = 0; q < 4; ++q) {

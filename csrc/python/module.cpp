@@ -1,12 +1,15 @@
 // Host-only facts for Python. No tensors pass here: those go through the op registry.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/peaks.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -53,6 +56,39 @@ py::tuple copy_stream(const py::buffer& destination, const py::buffer& source, i
   return timed([&] { return qk::cpu::run_copy(to.ptr, from.ptr, bytes, repeats, bypass); });
 }
 
+// geometry: the numbers of qk::ConvGeometry, in its order.
+py::dict plan(const std::vector<int64_t>& n, int x_bits, int w_bits, int architecture, int multiprocessors) {
+  using qk::cuda::Engine;
+  if (n.size() != 16) throw std::invalid_argument("plan: geometry must be 16 numbers, got " + std::to_string(n.size()));
+  const qk::ConvGeometry g{n[0], n[1], n[2],  n[3],  n[4],  n[5],  n[6],  n[7],
+                           n[8], n[9], n[10], n[11], n[12], n[13], n[14], n[15]};
+  for (size_t i = 0; i < n.size(); ++i)
+    if (n[i] < (i == 11 || i == 12 ? 0 : 1))
+      throw std::invalid_argument("plan: sizes must describe an output that is not empty");
+  if (g.in_channels % g.groups != 0 || g.out_channels % g.groups != 0)
+    throw std::invalid_argument("plan: groups must divide the channels, got " + std::to_string(g.groups));
+  if (x_bits < 1 || x_bits > qk::kMaxBits || w_bits < 1 || w_bits > qk::kMaxBits)
+    throw std::invalid_argument("plan: x_bits and w_bits must be from 1 to 8");
+  const auto plan = qk::cuda::plan_product(g, x_bits, w_bits, {architecture, multiprocessors});
+  py::dict result;
+  switch (plan.engine) {
+    case Engine::kDotProduct:
+      result["engine"] = "dot product";
+      return result;
+    case Engine::kDepthwise:
+      result["engine"] = "depthwise";
+      return result;
+    default:
+      result["engine"] = plan.engine == Engine::kBits ? "bits" : "bytes";
+  }
+  result["tile"] = py::make_tuple(qk::cuda::channels_of(plan.tile), qk::cuda::pixels_of(plan.tile));
+  result["copy_bytes"] = plan.chunk;
+  result["steps"] = plan.steps;
+  result["splits"] = plan.splits;
+  result["blocks"] = plan.tiles * plan.splits;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -65,6 +101,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("read_stream", &read_stream, py::arg("source"), py::arg("repeats"), "(begin, end, bytes) of reading a buffer");
   m.def("copy_stream", &copy_stream, py::arg("destination"), py::arg("source"), py::arg("repeats"), py::arg("bypass"),
         "(begin, end, bytes read and written) of copying a buffer; bypass: around the caches where that is possible");
+  m.def("plan", &plan, py::arg("geometry"), py::arg("x_bits"), py::arg("w_bits"), py::arg("architecture"),
+        py::arg("multiprocessors"), "The CUDA kernel of a low-bit product: quantkernels.plan");
   m.attr("version") = QK_VERSION;
   m.attr("torch_target") = QK_TORCH_TARGET;
   m.attr("compiler") = QK_COMPILER;

@@ -7,6 +7,7 @@ from .bitplanes import encode, pack_bitplanes, quantize_pack, unpack_bitplanes
 from .conv import lowbit_conv2d
 from .fake_quantize import Kind, Ste, fake_quantize, grid_gradient
 from .matmul import lowbit_linear
+from .plan import plan
 from .stats import channel_stats, conditional_abs_mean, range_errors
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "lowbit_conv2d",
     "lowbit_linear",
     "pack_bitplanes",
+    "plan",
     "quantize_pack",
     "range_errors",
     "unpack_bitplanes",

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared.cuh"
 #include "cuda/tile/shared.cuh"
 
 namespace planted {
@@ -96,6 +98,49 @@ __global__ void votes(int* out) {
   if (lane >= 8) out[threadIdx.x] = __all_sync(0xffffff00u, even == 0x55555555u) + __any_sync(0xffffff00u, lane == 9);
 }
 
+// Registers that look random; test_emulator.py knows the rule.
+__device__ uint32_t scramble(uint32_t i) { return (i + 1) * 2654435761u; }
+
+template <bool kBits>
+__global__ void mma(int* out) {
+  uint32_t a[4], b[2];
+  int32_t d[4];
+  for (uint32_t r = 0; r < 4; ++r) a[r] = scramble(10 * threadIdx.x + r), d[r] = static_cast<int32_t>(threadIdx.x + r);
+  for (uint32_t r = 0; r < 2; ++r) b[r] = scramble(10 * threadIdx.x + 4 + r);
+  kBits ? qk::cuda::ptx::mma_b1(d, a, b) : qk::cuda::ptx::mma_u8(d, a, b);
+  out[threadIdx.x] = d[0] + 3 * d[1] + 5 * d[2] + 7 * d[3];
+}
+
+// A lane stays away.
+__global__ void mma_in_a_branch(int* out) {
+  uint32_t a[4]{}, b[2]{};
+  int32_t d[4]{};
+  if (threadIdx.x % 32 != 5) qk::cuda::ptx::mma_u8(d, a, b);
+  out[threadIdx.x] = d[0];
+}
+
+__global__ void byte_instructions(int* out) {
+  const uint32_t a = scramble(threadIdx.x), b = scramble(threadIdx.x + 1000), selector = scramble(threadIdx.x + 2000);
+  out[threadIdx.x] = static_cast<int>((__dp4a(a, b, 17u) ^ __byte_perm(a, b, selector)) >> 8);
+}
+
+// Every third copy is of zeros.
+__global__ void copy_or_zero(int* out, const int* in) {
+  alignas(16) __shared__ int words[kThreads];
+  qk::cuda::ptx::cp_async_or_zero<4>(&words[threadIdx.x], in + threadIdx.x, threadIdx.x % 3 != 0);
+  qk::cuda::ptx::cp_async_commit();
+  qk::cuda::ptx::cp_async_wait<0>();
+  __syncthreads();
+  out[threadIdx.x] = words[threadIdx.x];
+}
+
+// A warp's stores `stride` words apart: stride 2 fills every other bank twice.
+__global__ void strided(int* out, int stride) {
+  __shared__ int words[4 * kThreads];
+  qk::cuda::ptx::store_shared(&words[stride * threadIdx.x], 1);
+  out[threadIdx.x] = words[stride * threadIdx.x];
+}
+
 __global__ void count(int* out) { atomicAdd(out, 1); }
 
 template <class... Expected, class... Actual>
@@ -125,20 +170,31 @@ bool run(const char* name, int* out, const int* in) {
   if (is("ballot_in_a_branch")) return launch(0, ballot_in_a_branch, out), true;
   if (is("shuffle_from_outside_the_mask")) return launch(0, shuffle_from_outside_the_mask, out), true;
   if (is("votes")) return launch(0, votes, out), true;
+  if (is("mma_bytes")) return launch(0, mma<false>, out), true;
+  if (is("mma_bits")) return launch(0, mma<true>, out), true;
+  if (is("mma_in_a_branch")) return launch(0, mma_in_a_branch, out), true;
+  if (is("byte_instructions")) return launch(0, byte_instructions, out), true;
+  if (is("copy_or_zero")) return launch(0, copy_or_zero, out, in), true;
+  if (is("stride_1")) return launch(0, strided, out, 1), true;
+  if (is("stride_4")) return launch(0, strided, out, 4), true;
   if (is("count")) return launch(0, count, out), true;
   return false;
 }
 
 }  // namespace planted
 
+extern "C" const char* qk_emu_count_banks(int on);
+
 int main(int argc, char** argv) {
   std::vector<int> out(planted::kThreads), in(8 * planted::kThreads);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<int>(i);
+  qk_emu_count_banks(1);
   if (argc != 2 || !planted::run(argv[1], out.data(), in.data())) return 2;
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
     std::printf("error: %s\n", cudaGetErrorString(error));
     return 0;
   }
+  std::printf("%s", qk_emu_count_banks(0));  // a line for each place in the code that told the emulator
   long long weighted = 0;
   for (int i = 0; i < planted::kThreads; ++i) weighted += static_cast<long long>(i + 1) * out[i];
   std::printf("result: %lld\n", weighted);

@@ -100,8 +100,9 @@ __device__ __forceinline__ OutputPixel output_pixel(const LowbitArgs& args, int6
 
 // A part of the output: `pixels` of `channels`, from first_channel on. A Source tells the sums:
 //
-//   OutputPixel pixel(int p) const                     p < kPixels
-//   float dot(int p, int c) const
+//   OutputPixel pixel(int p) const                       p < kPixels
+//   void dots(int p, int c, int count, float* d) const   of four neighbours, `count` of them asked for: channels from c on
+//                                                        if channels are neighbours in the output, else pixels from p on
 template <int kPixels, int kChannels, int kThreadCount, class Source>
 __device__ __forceinline__ void finish_part(const LowbitArgs& args,
                                             const float* __restrict__ window_terms,  // [classes, out_channels]
@@ -123,10 +124,11 @@ __device__ __forceinline__ void finish_part(const LowbitArgs& args,
     for (int p = static_cast<int>(threadIdx.x) / kPacks; p < pixels; p += kThreadCount / kPacks) {
       const OutputPixel pixel = source.pixel(p);
       const float* const window = window_terms + pixel.window_class * all_channels + first_channel + c0;
-      float y[kPack]{};
+      float y[kPack];
+      source.dots(p, c0, count, y);
 #pragma unroll
       for (int i = 0; i < kPack; ++i)
-        if (i < count) y[i] = finish_sums(e, grid, own[i], source.dot(p, c0 + i), pixel.activations, window[i]);
+        if (i < count) y[i] = finish_sums(e, grid, own[i], y[i], pixel.activations, window[i]);
       store_output(e, grid, args.out, pixel.at + first_channel + c0, y, count, whole);
     }
   } else {
@@ -141,11 +143,12 @@ __device__ __forceinline__ void finish_part(const LowbitArgs& args,
     const bool run = count == kPack && own[kPack - 1].at - own[0].at == kPack - 1;  // of one image
     for (int c = static_cast<int>(threadIdx.x) / kPacks; c < channels; c += kThreadCount / kPacks) {
       const OutputChannel channel = load_output_channel(e, first_channel + c);
-      float y[kPack]{};
+      float y[kPack];
+      source.dots(p0, c, count, y);
 #pragma unroll
       for (int i = 0; i < kPack; ++i)
         if (i < count)
-          y[i] = finish_sums(e, grid, channel, source.dot(p0 + i, c), own[i].activations,
+          y[i] = finish_sums(e, grid, channel, y[i], own[i].activations,
                              window_terms[own[i].window_class * all_channels + first_channel + c]);
       const int64_t shift = (first_channel + c) * channel_stride;
       if (run) {
