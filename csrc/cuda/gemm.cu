@@ -81,8 +81,7 @@ void run_gemm(const LowbitArgs& lowbit, const ProductPlan& plan, const Context& 
   bits ? launch_tile<true>(args, plan, context) : launch_tile<false>(args, plan, context);
   if (plan.splits > 1) {
     const int64_t tiles = g.groups * divide_up(g.out_channels / g.groups, int64_t{kFinishChannels});
-    launch(context, blocks(tiles, std::min<int64_t>(divide_up(pixels, int64_t{kFinishPixels}), 65535)), kGemmThreads,
-           finish_kernel, args);
+    launch(context, blocks(tiles * divide_up(pixels, int64_t{kFinishPixels})), kGemmThreads, finish_kernel, args);
   }
 }
 

@@ -97,8 +97,9 @@ struct Depth {
 };
 
 __device__ __forceinline__ bool is_inside(const ConvGeometry& g, const WindowStart& start, const Depth& depth) {
-  return depth.inside && start.y + depth.y < static_cast<uint32_t>(g.in_height) &&
-         start.x + depth.x < static_cast<uint32_t>(g.in_width);
+  // No short cuts: a branch would cost more than a comparison.
+  return depth.inside & (start.y + depth.y < static_cast<uint32_t>(g.in_height)) &
+         (start.x + depth.x < static_cast<uint32_t>(g.in_width));
 }
 
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * kRowBytes + (chunk ^ (row & 7)) * kChunk; }
@@ -240,7 +241,7 @@ class Gemm {
         const int row = thread_ / kRowChunks + i * (kGemmThreads / kRowChunks);
         const auto start = ptx::load_shared<WindowStart>(starts_ + row);
         const bool inside = is_inside(g_, start, depth);
-        ptx::cp_async_or_zero<kChunk>(to + swizzled(row, chunk), inside ? x + (start.at + depth.at) : p_.x, inside);
+        ptx::cp_async_or_zero<kChunk>(to + swizzled(row, chunk), x + (inside ? start.at + depth.at : 0), inside);
       }
     } else if constexpr (kCopy == 4) {
       const Depth depth(p_, step * kRowBytes + lane_ * 4);
@@ -248,7 +249,7 @@ class Gemm {
       for (int row = thread_ / 32; row < Tile::kPixels; row += kGemmThreads / 32) {
         const auto start = ptx::load_shared<WindowStart>(starts_ + row);
         const bool inside = is_inside(g_, start, depth);
-        ptx::cp_async_or_zero<4>(to + word_at(row), inside ? x + (start.at + depth.at) : p_.x, inside);
+        ptx::cp_async_or_zero<4>(to + word_at(row), x + (inside ? start.at + depth.at : 0), inside);
       }
     } else {
       const uint32_t k = step * kRowBytes + lane_ * 4;
@@ -278,10 +279,14 @@ class Gemm {
     constexpr int kWords = kChunk / 4;
     const int64_t words = p_.lowbit.words, first = int64_t{step} * kWords;
     if (p_.aligned_planes) {
-      for (int i = thread_; i < p_.lowbit.w_bits * Tile::kChannels; i += kGemmThreads)
-        ptx::cp_async_or_zero<kChunk>(to + i * kChunk,
-                                      plane_row(i / Tile::kChannels, i % Tile::kChannels) + (first < words ? first : 0),
-                                      first < words);
+      constexpr int kAtOnce = kGemmThreads / Tile::kChannels;  // planes
+      const int row = thread_ % Tile::kChannels;
+      const bool inside = first < words;
+      const int32_t* from = plane_row(thread_ / Tile::kChannels, row) + (inside ? first : 0);
+      for (int plane = thread_ / Tile::kChannels; plane < p_.lowbit.w_bits; plane += kAtOnce) {
+        ptx::cp_async_or_zero<kChunk>(to + (plane * Tile::kChannels + row) * kChunk, from, inside);
+        from += kAtOnce * g_.out_channels * words;
+      }
     } else {
       const int64_t word = first + thread_ % kWords;
       for (int i = thread_; i < p_.lowbit.w_bits * Tile::kChannels * kWords; i += kGemmThreads)
@@ -533,23 +538,20 @@ __global__ void __launch_bounds__(kGemmThreads) finish_kernel(const __grid_const
   __shared__ OutputPixel own[kFinishPixels];
   const ConvGeometry& g = p.lowbit.geometry;
   const int64_t group_channels = g.out_channels / g.groups, tiles = divide_up(group_channels, int64_t{kFinishChannels});
-  const int64_t group = blockIdx.x / tiles, channel = blockIdx.x % tiles * kFinishChannels;
-  const int64_t pixels = g.batch * g.out_height * g.out_width, blocks = divide_up(pixels, int64_t{kFinishPixels});
-  const int channels = static_cast<int>(min(int64_t{kFinishChannels}, group_channels - channel));
-  for (int64_t block = blockIdx.y; block < blocks; block += gridDim.y) {
-    const int64_t first = block * kFinishPixels;
-    const int count = static_cast<int>(min(int64_t{kFinishPixels}, pixels - first));
-    if (static_cast<int>(threadIdx.x) < count) {
-      int64_t sum = 0;
-      for (int64_t s = 0; s < p.splits; ++s) sum += p.partial_sums[(s * pixels + first + threadIdx.x) * g.groups + group];
-      own[threadIdx.x] = output_pixel(p.lowbit, first + threadIdx.x, static_cast<float>(sum));
-    }
-    __syncthreads();
-    const int64_t first_channel = group * group_channels + channel;
-    finish_part<kFinishPixels, kFinishChannels, kGemmThreads>(
-        p.lowbit, p.window_terms, Partials{p, first, first_channel, pixels, own}, count, first_channel, channels);
-    __syncthreads();
+  const int64_t tile = blockIdx.x % (tiles * g.groups), group = tile / tiles, channel = tile % tiles * kFinishChannels;
+  const int64_t pixels = g.batch * g.out_height * g.out_width, first = blockIdx.x / (tiles * g.groups) * kFinishPixels;
+  const int64_t first_channel = group * group_channels + channel;
+  const int count = static_cast<int>(min(int64_t{kFinishPixels}, pixels - first));
+  if (static_cast<int>(threadIdx.x) < count) {
+    const int64_t pixel = first + threadIdx.x;
+    int64_t sum = 0;
+    for (int64_t s = 0; s < p.splits; ++s) sum += p.partial_sums[(s * pixels + pixel) * g.groups + group];
+    own[threadIdx.x] = output_pixel(p.lowbit, pixel, static_cast<float>(sum));
   }
+  __syncthreads();
+  const int channels = static_cast<int>(min(int64_t{kFinishChannels}, group_channels - channel));
+  finish_part<kFinishPixels, kFinishChannels, kGemmThreads>(
+      p.lowbit, p.window_terms, Partials{p, first, first_channel, pixels, own}, count, first_channel, channels);
 }
 
 }  // namespace qk::cuda

@@ -5,10 +5,11 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/logic.cuh"
+
 namespace qk::cuda {
 
-// The bits of `mask` from a, the others from b: one LOP3.
-__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+using ptx::select_bits;
 
 // quads[b] byte j: the digits of element 8b + j in the low nibble, of element 8b + 4 + j in the high one. What lies above
 // the kDigits of a nibble is left over from other elements.
