@@ -12,6 +12,9 @@
 
 #include "cuda/ptx/clamp.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/logic.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/store.cuh"
 #include "cuda/tile/shared.cuh"
 
@@ -94,6 +97,55 @@ __global__ void warp_collectives(const uint32_t* in, uint32_t* out) {
   out[4 * thread + 3] = __reduce_add_sync(0xffffffffu, mine) + static_cast<uint32_t>(__popc(mine));
 }
 
+// Inside or not, by a bit of the input; 16 bytes, then 4.
+__global__ void cp_async_or_zero(const uint32_t* in, uint32_t* out) {
+  uint32_t* const stages = dynamic_shared<uint32_t>();
+  const int thread = static_cast<int>(threadIdx.x);
+  const uint32_t mine = in[thread];
+  ptx::cp_async_or_zero<16>(stages + 4 * thread, in + 4 * ((thread + 9) % kThreads), mine & 1u);
+  ptx::cp_async_or_zero<4>(stages + kWords + thread, in + (thread + 50) % kWords, mine & 2u);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  const auto pack = ptx::load_shared<uint4>(stages + 4 * thread);
+  out[4 * thread] = pack.x, out[4 * thread + 1] = pack.y, out[4 * thread + 2] = pack.z ^ pack.w;
+  out[4 * thread + 3] = ptx::load_shared<uint32_t>(stages + kWords + thread);
+}
+
+__global__ void shared_accesses(const uint32_t* in, uint32_t* out) {
+  uint32_t* const words = dynamic_shared<uint32_t>();
+  const int thread = static_cast<int>(threadIdx.x);
+  ptx::store_shared(words + 4 * thread, uint4{in[thread], in[thread + 100], in[thread + 200], in[thread + 300]});
+  __syncthreads();
+  for (int i = thread; i < kWords; i += kThreads) out[i] = ptx::load_shared<uint32_t>(words + (i * 5 + 7) % kWords);
+}
+
+__global__ void bytes_and_bits(const uint32_t* in, uint32_t* out) {
+  for (int i = threadIdx.x; i < kWords; i += kThreads) {
+    const uint32_t a = in[i], b = in[(i * 7 + 3) % kWords], c = in[(i * 5 + 1) % kWords];
+    out[i] = __dp4a(a, b, c) + 3 * __byte_perm(a, b, c) + 5 * ptx::select_bits(a, b, c);
+  }
+}
+
+template <class Product>
+__device__ __forceinline__ void multiply(const uint32_t* in, uint32_t* out, const Product& product) {
+  const int thread = static_cast<int>(threadIdx.x);
+  uint32_t a[4], b[2];
+  int32_t d[4];
+  for (int r = 0; r < 4; ++r) a[r] = in[4 * thread + r], d[r] = static_cast<int32_t>(in[(4 * thread + r + 77) % kWords]);
+  for (int r = 0; r < 2; ++r) b[r] = in[(2 * thread + r + 300) % kWords];
+  product(d, a, b);
+  for (int r = 0; r < 4; ++r) out[4 * thread + r] = static_cast<uint32_t>(d[r]);
+}
+
+__global__ void mma_u8(const uint32_t* in, uint32_t* out) {
+  multiply(in, out, [](auto& d, const auto& a, const auto& b) { ptx::mma_u8(d, a, b); });
+}
+
+__global__ void mma_b1(const uint32_t* in, uint32_t* out) {
+  multiply(in, out, [](auto& d, const auto& a, const auto& b) { ptx::mma_b1(d, a, b); });
+}
+
 struct Case {
   const char* name;
   Kernel kernel;
@@ -106,6 +158,11 @@ const Case CASES[] = {
     {"half_conversions", half_conversions},
     {"bfloat16_conversions", bfloat16_conversions},
     {"warp_collectives", warp_collectives},
+    {"cp_async_or_zero", cp_async_or_zero},
+    {"shared_accesses", shared_accesses},
+    {"bytes_and_bits", bytes_and_bits},
+    {"mma_u8", mma_u8},
+    {"mma_b1", mma_b1},
 };
 
 // Every class of float, values around the halves' ends, then random bits.

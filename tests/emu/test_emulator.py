@@ -66,8 +66,7 @@ def byte_instructions() -> list[int]:
         a, b, selector = (int(scramble(np.array(t + start))) for start in (0, 1000, 2000))
         pool = (a | b << 32).to_bytes(8, "little")
         dot = 17 + sum(x * y for x, y in zip(pool[:4], pool[4:], strict=True))
-        digits = [selector >> 4 * i & 15 for i in range(4)]
-        chosen = bytes(pool[d & 7] if d < 8 else 255 * (pool[d & 7] >> 7) for d in digits)
+        chosen = bytes(pool[selector >> 4 * i & 7] for i in range(4))
         result.append((dot ^ int.from_bytes(chosen, "little")) >> 8)
     return result
 

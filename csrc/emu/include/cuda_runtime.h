@@ -229,15 +229,13 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   for (int shift = 0; shift < 32; shift += 8) c += (a >> shift & 0xffu) * (b >> shift & 0xffu);
   return c;
 }
-// Four bytes of the eight of (y, x), each named by a hexadecimal digit of the selector; its bit 3 copies the byte's sign.
+// Four bytes of the eight of (y, x), each named by three bits of a hexadecimal digit of the selector.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t both = uint64_t{y} << 32 | x;
   unsigned result = 0;
   for (int i = 0; i < 4; ++i) {
-    const unsigned digit = selector >> 4 * i & 0xfu;
-    unsigned byte = static_cast<unsigned>(both >> 8 * (digit & 7u)) & 0xffu;
-    if (digit & 8u) byte = byte & 0x80u ? 0xffu : 0u;
-    result |= byte << 8 * i;
+    const unsigned byte = selector >> 4 * i & 7u;
+    result |= (static_cast<unsigned>(both >> 8 * byte) & 0xffu) << 8 * i;
   }
   return result;
 }
