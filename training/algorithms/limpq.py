@@ -112,6 +112,7 @@ class Indicators(Algorithm):
         self.weight_only = weight_only
         self.signed_inputs = signed_inputs
         self.passes = len(self.bits) + 1
+        self.searched: list[str] = []
         self.policy: dict[str, int] = {}
         self.steps: list[nn.Parameter] = []
         self.weight_decay = 0.0
@@ -121,6 +122,7 @@ class Indicators(Algorithm):
         highest = (self.bits[0], FIXED_BITS if self.weight_only else self.bits[0])
         activations = None if self.weight_only else self.bits
         names = layers_of(model)
+        self.searched = names[1:-1]
         first = norms_between(model, *names[:2])  # they go with the first layer, whose bits are fixed
         model = prepare_lsq(model, dict.fromkeys(names, highest), self.signed_inputs, self.bits, activations)
         qk.switch_batch_norms(model, self.bits)
@@ -137,7 +139,7 @@ class Indicators(Algorithm):
     def before_batch(self, model: nn.Module, step: int) -> None:
         """Clamp the steps, and draw the policy of the last pass, the same on all processes."""
         self.clamp_steps()
-        self.policy = {name: random.choice(self.bits) for name in layers_of(model)[1:-1]}
+        self.policy = {name: random.choice(self.bits) for name in self.searched}
 
     def before_pass(self, model: nn.Module, index: int) -> None:
         """The whole network at bits[index]; in the last pass the policy that was drawn."""
@@ -158,12 +160,13 @@ class Indicators(Algorithm):
         nn.utils.clip_grad_value_(model.parameters(), LARGEST_GRADIENT)
         with torch.no_grad():
             for steps in self.steps:
-                steps.grad.addcmul_(steps, steps.grad.ne(0), value=self.weight_decay)
+                if steps.grad is not None:
+                    steps.grad.addcmul_(steps, steps.grad.ne(0), value=self.weight_decay)
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         """Evaluate at the highest bits."""
         self.clamp_steps()
-        self.use(model, dict.fromkeys(layers_of(model)[1:-1], self.bits[0]))
+        self.use(model, dict.fromkeys(self.searched, self.bits[0]))
 
     def metrics(self, model: nn.Module) -> dict[str, Any]:
         """The indicators: layer -> bits -> step."""
