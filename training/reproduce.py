@@ -146,20 +146,25 @@ class Reproduction:
 
 
 def side_by_side(outcomes: Sequence[Outcome]) -> str:
-    """A Markdown table: for each column of the paper's, what it has there and mean ± deviation of our seeds."""
-    published = {column: None for outcome in outcomes for column in outcome.row.paper.published}
+    """A Markdown table: for each column of the paper's, what it has there and mean ± deviation of our seeds.
+
+    Columns that our runs have and the paper has not come last.
+    """
+    published = list({column: None for outcome in outcomes for column in outcome.row.paper.published})
     given = {column: None for outcome in outcomes for figures in outcome.figures for column in figures}
-    columns = list(published | {column: None for column in given if column not in DEFAULTS}) or ["accuracy"]
-    lines = [["row", *(f"{column}, {whose}" for column in columns for whose in ("published", "ours")), "seeds"]]
+    own = [column for column in given if column not in published and column not in DEFAULTS]
+    own = own if published or own else ["accuracy"]
+    both = [f"{column}, {whose}" for column in published for whose in ("published", "ours")]
+    lines = [["row", *both, *own, "seeds"]]
     for outcome in outcomes:
         cells = [outcome.row.paper.row or outcome.row.name]
-        for column in columns:
+        for column in published:
             value = outcome.row.paper.published.get(column)
             cells += ["-" if value is None else str(value), _mean(outcome.figures, column)]
-        lines.append([*cells, str(len(outcome.figures))])
+        lines.append([*cells, *(_mean(outcome.figures, column) for column in own), str(len(outcome.figures))])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    padded = [[lines_[0].ljust(widths[0]), *map(str.rjust, lines_[1:], widths[1:])] for lines_ in lines]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in padded)
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 
+from training.config import TWIN
 from training.reproduce import Reproduction, side_by_side
+from training.run_reader import read_run
 from training.tables import all_recipes, by_table
 
 CLASSES = 10  # of the data sets that the twins train on
@@ -15,9 +17,16 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*the attention on the selected quantizer")  # short runs end before it converges
-@pytest.mark.parametrize("table", by_table(all_recipes()))
+RECIPES = all_recipes()
+OTHERS = [recipe.name + TWIN for recipe in RECIPES if recipe.has_twin and not recipe.table]
+pytestmark = [
+    pytest.mark.slow,
+    # short runs end before it converges
+    pytest.mark.filterwarnings("ignore:.*the attention on the selected quantizer"),
+]
+
+
+@pytest.mark.parametrize("table", by_table(RECIPES))
 def test_twins_of_a_table_beat_chance_by_far(table, root, capsys):
     outcomes = Reproduction(root, small=True).run(table, seeds=1)
     with capsys.disabled():
@@ -26,3 +35,9 @@ def test_twins_of_a_table_beat_chance_by_far(table, root, capsys):
     assert not errors
     for outcome in outcomes:
         assert outcome.figures[0]["accuracy"] > MARGIN * 100 / CLASSES, outcome.row.name
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_twin_outside_of_the_tables_beats_chance_by_far(name, root):
+    folder, _ = Reproduction(root, small=True).train(name, seed=0)
+    assert read_run(folder).figures["accuracy"] > MARGIN * 100 / CLASSES
