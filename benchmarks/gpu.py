@@ -33,7 +33,9 @@ GOAL = 0.85  # of the copy bandwidth, at the large size
 LARGE, SMALL = 1 << 28, 1 << 20
 CHANNELS = 512
 BITS = 4
-MIXTURE = (2, 4, 8)
+LEVELS = 2**BITS - 1
+MEMBERS = (3, 15, 255)  # highest codes of a mixture of 2, 4 and 8 bits
+SHARES = (0.5, 0.3, 0.2)  # its attention
 SETS = 3  # of inputs, in turn
 QUEUED_CYCLES = 400_000  # that the device waits while a small call is queued: some 0.2 ms
 ROUNDS = 21
@@ -50,21 +52,19 @@ class Inputs:
     axis: int | None
 
     def __post_init__(self) -> None:
-        self.levels = 2**BITS - 1
-        self.grid = grid_over(self.x, self.levels, self.axis).to(self.x.device)
-        members = [2**bits - 1 for bits in MIXTURE]
-        self.grids = torch.stack([grid_over(self.x, levels, self.axis) for levels in members]).to(self.x.device)
-        self.attention = torch.tensor([0.5, 0.3, 0.2], device=self.x.device)
-        self.members = [int(Kind.UNIFORM)] * len(members), members
+        self.grid = grid_over(self.x, LEVELS, self.axis).to(self.x.device)
+        self.grids = torch.stack([grid_over(self.x, levels, self.axis) for levels in MEMBERS]).to(self.x.device)
+        self.attention = torch.tensor(SHARES, device=self.x.device)
+        self.members = [int(Kind.UNIFORM)] * len(MEMBERS), list(MEMBERS)
 
     @property
     def quantizer(self) -> tuple[Any, ...]:
         """grid, kind and levels."""
-        return self.grid, int(Kind.UNIFORM), self.levels
+        return self.grid, int(Kind.UNIFORM), LEVELS
 
     def mixture(self, ste: int) -> tuple[Any, ...]:
         """The arguments of attention_quantize after x."""
-        return self.attention, self.grids, *self.members, [ste] * len(MIXTURE), self.axis
+        return self.attention, self.grids, *self.members, [ste] * len(MEMBERS), self.axis
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Job:
     name: str
     run: Callable[[Any, Inputs], Any]  # (namespace of the ops, inputs)
     bytes: Callable[[int], float]  # of the element's size
-    rivals: Callable[[Inputs], Tensor] | None = None  # the plain formulation, forward
+    rivals: Callable[[Tensor], Tensor] | None = None  # the plain formulation of x per tensor, forward
     per_row: bool = False  # rows of bits: not per channel of columns
     with_step: Callable[[Inputs], Tensor] | None = None  # the library's forward for a step with autograd
 
@@ -87,19 +87,17 @@ def _mix(i: Inputs) -> Tensor:
     return qk.ops.attention_quantize(i.x, *i.mixture(Ste.IDENTITY))
 
 
-def _plain_fake(i: Inputs) -> Tensor:
-    return plain.fake_quantize(i.x, LOW, (HIGH - LOW) / i.levels, i.levels)
+def _plain_fake(x: Tensor) -> Tensor:
+    return plain.fake_quantize(x, LOW, (HIGH - LOW) / LEVELS, LEVELS)
 
 
-def _plain_mix(i: Inputs) -> Tensor:
-    return sum(
-        a * plain.fake_quantize(i.x, LOW, (HIGH - LOW) / n, n)
-        for a, n in zip((0.5, 0.3, 0.2), i.members[1], strict=True)
-    )  # type: ignore[return-value]
+def _plain_mix(x: Tensor) -> Tensor:
+    terms = [a * plain.fake_quantize(x, LOW, (HIGH - LOW) / n, n) for a, n in zip(SHARES, MEMBERS, strict=True)]
+    return sum(terms[1:], terms[0])
 
 
-def _plain_pack(i: Inputs) -> Tensor:
-    return plain.quantize_pack(i.x, LOW, (HIGH - LOW) / i.levels, BITS)
+def _plain_pack(x: Tensor) -> Tensor:
+    return plain.quantize_pack(x, LOW, (HIGH - LOW) / LEVELS, BITS)
 
 
 CLIP = int(Ste.CLIP)
@@ -108,7 +106,7 @@ JOBS = (
         "channel_stats",
         lambda o, i: o.channel_stats(i.x, i.axis),
         lambda n: n,
-        lambda i: plain.channel_stats(i.x, i.axis),
+        plain.channel_stats,
     ),
     Job(
         "fake_quantize",
@@ -289,14 +287,16 @@ class Bench:
                 runs = [partial(job.run, torch.ops.quantkernels_triton, i) for i in sets]
                 entry["triton"] = self.timed(f"{job.name}-triton-{size}", runs)
             for name, function in self.plainly(job.rivals):
-                entry[name] = self.timed(f"{job.name}-{name}-{size}", [partial(function, i) for i in sets])
+                entry[name] = self.timed(f"{job.name}-{name}-{size}", [partial(function, i.x) for i in sets])
             if job.with_step is None:
                 continue
             step = entry["step"] = {
                 "seconds": self.timed(f"{job.name}-step", [step_of(job.with_step, i) for i in sets])
             }
             for name, function in self.plainly(job.rivals):
-                step[name] = self.timed(f"{job.name}-step-{name}-{size}", [step_of(function, i) for i in sets])
+                step[name] = self.timed(
+                    f"{job.name}-step-{name}-{size}", [step_of(lambda i, f=function: f(i.x), i) for i in sets]
+                )
             self.save()
 
     def has_triton(self, op: str) -> bool:
@@ -306,7 +306,7 @@ class Bench:
         qk.backend("triton").__exit__()
         return hasattr(torch.ops.quantkernels_triton, op)
 
-    def plainly(self, function: Callable[[Inputs], Tensor] | None) -> Iterator[tuple[str, Callable[[Inputs], Tensor]]]:
+    def plainly(self, function: Callable[[Tensor], Tensor] | None) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
         """The plain formulation as it is, and compiled anew."""
         if function is None:
             return

@@ -10,10 +10,8 @@ inline constexpr int kWordBits = 32;
 
 QK_HOST_DEVICE int64_t words_of(int64_t columns) { return (columns + kWordBits - 1) / kWordBits; }
 
-// A code as the number whose binary digits are its planes: ternary 0, 1, 2 become the thermometer 00, 01, 11.
-QK_HOST_DEVICE int digits_of(Kind kind, int code) { return kind == Kind::kTernary ? code | code >> 1 : code; }
-
-// The digit that plane p shows. Ternary: plane 0 is code >= 1, plane 1 is code >= 2.
+// The binary digit of a code that plane p shows. Ternary codes 0, 1, 2 are first made 00, 01, 11: plane 0 is code >= 1,
+// plane 1 is code >= 2.
 QK_HOST_DEVICE int digit_of_plane(Kind kind, int bits, int plane) {
   return kind == Kind::kTernary ? plane : bits - 1 - plane;
 }

@@ -7,27 +7,35 @@ namespace {
 
 int64_t warps_of(const Context& context) { return int64_t{context.multiprocessors} * kBlocksPerMultiprocessor * kWarps; }
 
-template <class Source>
+template <Kind kKind, class Source>
 void pack(const Context& context, const Source& source, Packing packing, int32_t* planes, int32_t* plane_sums) {
-  packing.slices = std::clamp<int64_t>(warps_of(context) / packing.rows, 1, divide_up(packing.words, int64_t{kWordsAtOnce}));
+  const auto multiple = [](const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  packing.slices = std::clamp<int64_t>(warps_of(context) / packing.rows, 1, divide_up(packing.words, int64_t{kWordsAWarp}));
+  packing.aligned = packing.columns % kCodesALane == 0 && multiple(source.x, kCodesALane * sizeof(*source.x));
+  packing.aligned_words = packing.words % kWordsALane == 0 && multiple(planes, kWordsALane * sizeof(int32_t));
   if (plane_sums && packing.slices > 1)
     cudaMemsetAsync(plane_sums, 0, packing.bits * packing.rows * sizeof(int32_t), static_cast<cudaStream_t>(context.stream));
-  launch(context, blocks(divide_up(packing.rows * packing.slices, kWarps)), kThreads, pack_kernel<Source>, source, packing,
-         planes, plane_sums);
+  launch(context, blocks(divide_up(packing.rows * packing.slices, kWarps)), kThreads, pack_kernel<kKind, Source>, source,
+         packing, planes, plane_sums);
 }
 
 }  // namespace
 
 void pack_bitplanes(const PackArgs& args, const Context& context) {
-  pack(context, StoredCodes{args.codes, args.kind}, {args.rows, args.columns, args.words, 1, args.bits}, args.planes,
-       nullptr);
+  with_kind(args.kind, [&]<Kind kKind>() {
+    pack<kKind>(context, StoredCodes<kKind>{args.codes}, {args.rows, args.columns, args.words, 1, args.bits, false, false},
+                args.planes, nullptr);
+  });
 }
 
 void quantize_pack(const QuantizePackArgs& args, const Context& context) {
   with_type(args.dtype, [&]<class T>(T*) {
-    const QuantizedCodes<T> source{static_cast<const T*>(args.x), args.kind, args.grid, args.per_row,
-                                   static_cast<float>(args.levels)};
-    pack(context, source, {args.rows, args.columns, args.words, 1, args.bits}, args.planes, args.plane_sums);
+    with_kind(args.kind, [&]<Kind kKind>() {
+      const QuantizedCodes<T, kKind> source{static_cast<const T*>(args.x), args.grid, args.per_row,
+                                            static_cast<float>(args.levels)};
+      pack<kKind>(context, source, {args.rows, args.columns, args.words, 1, args.bits, false, false}, args.planes,
+                  args.plane_sums);
+    });
   });
 }
 

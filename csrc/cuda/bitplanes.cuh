@@ -1,5 +1,6 @@
 #pragma once
-// Device code of the bit-planes: a warp's ballot on one bit of 32 neighbouring codes is a word of that bit's plane.
+// Device code of the bit-planes. Eight lanes take a word's 32 codes, four each, and turn them into words of eight planes by
+// transposing 8 x 8 nibbles: three shuffles for 128 codes, whatever their number of bits.
 
 #include "core/bitplanes.h"
 #include "cuda/tile/channel.cuh"
@@ -8,32 +9,41 @@
 
 namespace qk::cuda {
 
-inline constexpr int kWordsAtOnce = 8;  // words whose elements a warp has in flight
+inline constexpr int kCodesALane = 4;  // of a word
+inline constexpr int kLanesAWord = kWordBits / kCodesALane;
+inline constexpr int kWordsALane = 4;  // that it has in flight, and writes at once
+inline constexpr int kWordsAWarp = kWordsALane * 32 / kLanesAWord;
 
-// Where codes to pack come from: memory, or a quantizer.
+// Where codes to pack come from, as four bytes: memory, or a quantizer.
+template <Kind kKind>
 struct StoredCodes {
   using T = uint8_t;
   struct Params {};
   const T* x;  // [rows, columns]
-  Kind kind;
 
   __device__ Params params(int64_t) const { return {}; }
-  __device__ __forceinline__ int digits(T value, const Params&) const { return digits_of(kind, value); }
+  __device__ __forceinline__ uint32_t codes(const Pack<T, kCodesALane>& values, const Params&) const {
+    uint32_t bytes;
+    memcpy(&bytes, &values, sizeof bytes);
+    return bytes;
+  }
 };
 
-template <class Element>
+template <class Element, Kind kKind>
 struct QuantizedCodes {
   using T = Element;
   using Params = Channel;
-  const T* x;  // [rows, columns]
-  Kind kind;
+  const T* x;         // [rows, columns]
   const float* grid;  // [rows or 1, 3]
   bool per_row;
   float levels;
 
   __device__ Params params(int64_t row) const { return load_channel(grid, per_row ? row : 0); }
-  __device__ __forceinline__ int digits(T value, const Params& c) const {
-    return digits_of(kind, from_float<uint8_t>(qk::encode(kind, to_float(value), c.grid, c.inverse, levels)));
+  __device__ __forceinline__ uint32_t codes(const Pack<T, kCodesALane>& values, const Params& c) const {
+    uint32_t bytes = 0;
+#pragma unroll
+    for (int e = 0; e < kCodesALane; ++e) bytes |= integer_code_of<kKind>(to_float(values.v[e]), c, levels) << 8 * e;
+    return bytes;
   }
 };
 
@@ -41,58 +51,104 @@ struct Packing {
   int64_t rows, columns, words;
   int64_t slices;  // warps that share a row
   int bits;
+  bool aligned;        // four elements may be loaded at once
+  bool aligned_words;  // and four words stored
 };
 
+// Nibble p: the digits that plane p shows of four codes.
+template <Kind kKind>
+__device__ __forceinline__ uint32_t nibbles_of(uint32_t codes, int bits) {
+  // Bytes 0, 1, 2 become 00, 01, 11: the thermometer.
+  if constexpr (kKind == Kind::kTernary) codes |= codes >> 1 & 0x01010101u;
+  uint32_t nibbles = 0;
+#pragma unroll
+  for (int plane = 0; plane < kMaxBits; ++plane) {
+    if (plane >= bits) break;
+    const uint32_t digits = codes >> digit_of_plane(kKind, bits, plane) & 0x01010101u;
+    // The product has digit e at bit 24 + e, and no carries: its sixteen terms have a bit each.
+    nibbles |= (digits * 0x01020408u >> 24 & 0xfu) << 4 * plane;
+  }
+  return nibbles;
+}
+
+// Lane j of eight gets nibble j of each of them, that of lane i as nibble i.
+__device__ __forceinline__ uint32_t transpose_nibbles(uint32_t nibbles, int lane) {
+  constexpr uint32_t kLower[] = {0x0000ffffu, 0x00ff00ffu, 0x0f0f0f0fu};
+#pragma unroll
+  for (int step = 0; step < 3; ++step) {
+    const int distance = 4 >> step;
+    const bool upper = lane & distance;
+    const int rotation = upper ? 32 - 4 * distance : 4 * distance;
+    const uint32_t mine = upper ? ~kLower[step] : kLower[step];
+    const uint32_t other = __shfl_xor_sync(kAllLanes, nibbles, distance);
+    nibbles = (nibbles & mine) | ((other << rotation | other >> (32 - rotation)) & ~mine);
+  }
+  return nibbles;
+}
+
+// How many of a lane's codes are in the row, if `left` elements are from its first one on.
+__device__ __forceinline__ int valid_codes(int64_t left) {
+  return static_cast<int>(max(int64_t{0}, min(int64_t{kCodesALane}, left)));
+}
+
+__device__ __forceinline__ void store_words(int32_t* out,  // [words]: of a row of a plane
+                                            int64_t word, const Packing& packing, const uint32_t (&words)[kWordsALane]) {
+  if (packing.aligned_words && word + kWordsALane <= packing.words) {
+    ptx::store_16(out + word, uint4{words[0], words[1], words[2], words[3]});
+  } else {
+#pragma unroll
+    for (int u = 0; u < kWordsALane; ++u)
+      if (word + u < packing.words) out[word + u] = static_cast<int32_t>(words[u]);
+  }
+}
+
 // plane_sums null: not asked for. Slices of a row add to its sums, which are then zero before; integers, so in any order.
-template <class Source>
+template <Kind kKind, class Source>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const Source source, const Packing packing,
                                                         int32_t* __restrict__ planes,        // [bits, rows, words]
                                                         int32_t* __restrict__ plane_sums) {  // [bits, rows]
-  const int lane = threadIdx.x % 32;
+  using T = typename Source::T;
+  const int lane = threadIdx.x % 32, part = lane % kLanesAWord;  // of a word; the plane that the lane ends with
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int64_t row = warp / packing.slices, slice = warp % packing.slices;
   if (row >= packing.rows) return;  // the whole warp
   const typename Source::Params params = source.params(row);
-  const typename Source::T* const x = source.x + row * packing.columns;
-  unsigned ones[kMaxBits] = {};
-  for (int64_t word = slice * kWordsAtOnce; word < packing.words; word += packing.slices * kWordsAtOnce) {
-    typename Source::T value[kWordsAtOnce]{};
+  const T* const x = source.x + row * packing.columns;
+  int32_t* const out = planes + (part * packing.rows + row) * packing.words;
+  int32_t ones = 0;
+  for (int64_t begin = slice * kWordsAWarp; begin < packing.words; begin += packing.slices * kWordsAWarp) {
+    const int64_t word = begin + lane / kLanesAWord * kWordsALane;
+    const T* const mine = x + word * kWordBits + part * kCodesALane;
+    const int64_t left = packing.columns - (mine - x);
+    Pack<T, kCodesALane> values[kWordsALane];
+    if (packing.aligned && left > (kWordsALane - 1) * kWordBits) {
 #pragma unroll
-    for (int u = 0; u < kWordsAtOnce; ++u) {
-      const int64_t column = (word + u) * kWordBits + lane;
-      if (column < packing.columns) value[u] = x[column];
+      for (int u = 0; u < kWordsALane; ++u)
+        values[u] = load_pack<T, kCodesALane, true>(mine + u * kWordBits, 0, kCodesALane);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kWordsALane; ++u)
+        values[u] = load_pack<T, kCodesALane, false>(mine + u * kWordBits, 0, valid_codes(left - u * kWordBits));
     }
-    int digits[kWordsAtOnce];
+    uint32_t words[kWordsALane];
 #pragma unroll
-    for (int u = 0; u < kWordsAtOnce; ++u)
-      digits[u] = (word + u) * kWordBits + lane < packing.columns ? source.digits(value[u], params) : 0;
-#pragma unroll
-    for (int plane = 0; plane < kMaxBits; ++plane) {
-      if (plane >= packing.bits) break;
-      const int digit = digit_of_plane(source.kind, packing.bits, plane);
-      unsigned mine = 0;  // lane u writes word u
-#pragma unroll
-      for (int u = 0; u < kWordsAtOnce; ++u) {
-        const unsigned ballot = __ballot_sync(kAllLanes, digits[u] >> digit & 1);
-        if (lane == u) mine = ballot;
-      }
-      ones[plane] += __popc(mine);
-      if (lane < kWordsAtOnce && word + lane < packing.words)
-        planes[(plane * packing.rows + row) * packing.words + word + lane] = static_cast<int32_t>(mine);
+    for (int u = 0; u < kWordsALane; ++u) {
+      uint32_t codes = source.codes(values[u], params);
+      const int valid = valid_codes(left - u * kWordBits);
+      if (valid < kCodesALane) codes &= (1u << 8 * valid) - 1;
+      words[u] = transpose_nibbles(nibbles_of<kKind>(codes, packing.bits), lane);
+      ones += __popc(words[u]);
     }
+    if (part < packing.bits) store_words(out, word, packing, words);
   }
   if (plane_sums == nullptr) return;
-#pragma unroll
-  for (int plane = 0; plane < kMaxBits; ++plane) {
-    if (plane >= packing.bits) break;
-    const auto total = static_cast<int32_t>(__reduce_add_sync(kAllLanes, ones[plane]));
-    int32_t* const sum = plane_sums + plane * packing.rows + row;
-    if (lane != 0) continue;
-    if (packing.slices > 1) {
-      atomicAdd(sum, total);
-    } else {
-      *sum = total;
-    }
+  for (int distance = kLanesAWord; distance < 32; distance *= 2) ones += __shfl_xor_sync(kAllLanes, ones, distance);
+  if (lane >= packing.bits) return;
+  int32_t* const sum = plane_sums + part * packing.rows + row;
+  if (packing.slices > 1) {
+    atomicAdd(sum, ones);
+  } else {
+    *sum = ones;
   }
 }
 

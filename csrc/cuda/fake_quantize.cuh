@@ -14,7 +14,7 @@ __device__ __forceinline__ bool straight_through(float g, float position, float 
   if constexpr (kInsideSum) {
     // Outside the range the clamped position is a whole number, so this term vanishes there by itself.
     const float clamped = clamp_code(position, levels);
-    sums[2] += g * (round_to_even(clamped) - clamped);
+    sums[2] = fmaf(g, round_to_even(clamped) - clamped, sums[2]);
   }
   return position >= 0.0f && position <= levels;
 }

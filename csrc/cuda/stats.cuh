@@ -38,10 +38,10 @@ struct ChannelStats {
 
   __device__ Params params(int64_t) const { return {}; }
   __device__ __forceinline__ float operator()(const float (&x)[1], const Params&, float* sums) const {
-    sums[0] = Reduction::merge(0, sums[0], x[0]);
-    sums[1] = Reduction::merge(1, sums[1], x[0]);
+    sums[0] = ptx::min_nan(sums[0], x[0]);
+    sums[1] = ptx::max_nan(sums[1], x[0]);
     sums[2] += fabsf(x[0]);
-    sums[3] += x[0] * x[0];
+    sums[3] = fmaf(x[0], x[0], sums[3]);
     return 0.0f;
   }
 };
@@ -126,7 +126,7 @@ struct RangeErrors {
     for (int j = 0; j < kRangesAtOnce; ++j) {
       const float code = uniform_code(grid_position(x[0], p.grid[j].offset, p.inverse[j]), levels);
       const float error = decode(code, p.grid[j]) - x[0];
-      sums[j] += error * error;
+      sums[j] = fmaf(error, error, sums[j]);
     }
     return 0.0f;
   }

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad_in, const T
   const Tensor grid = parameters(op, "grid", grid_in, x, {layout_of(op, x, axis).channels, kGridColumns});
   FakeQuantizeArgs args = fake_quantize_args(op, x, grid, kind, levels, ste, axis);
   Tensor grad_x = torch::stable::empty_like(x);
-  Tensor sums = torch::stable::new_zeros(grid, {args.layout.channels, 3});
+  Tensor sums = new_sums(x, {args.layout.channels, 3});
   args.grad = grad.const_data_ptr();
   args.out = grad_x.mutable_data_ptr();
   args.sums = static_cast<float*>(sums.mutable_data_ptr());

@@ -114,8 +114,9 @@ def test_attention(walk: tuple[tuple[int, ...], int | None], members: tuple[list
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 31), (2, 1000), (7, 257), (40, 640), (1, 20_000)])
 @pytest.mark.parametrize(("kind", "levels"), [(0, 1), (0, 31), (0, 255), (1, 1), (2, 2)])
-def test_bitplanes(rows: int, columns: int, kind: int, levels: int) -> None:
-    x = random_tensor((rows, columns), torch.float32, 6)
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+def test_bitplanes(rows: int, columns: int, kind: int, levels: int, offset: int) -> None:
+    x = random_tensor((rows, columns), DTYPES[(rows + levels) % 3], 6, offset)
     for axis, grid in ((None, grid_of(1, levels)), (0, grid_of(rows, levels))):
         codes = reference.encode(x, grid, kind, levels, axis)
         planes, sums = EMU.ops.quantize_pack(x, grid, kind, levels, axis)

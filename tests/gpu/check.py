@@ -244,7 +244,12 @@ def tests(check: Check) -> None:
         report = reports / f"{path.stem}-{backend}.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path, f"--junitxml={report}"]
-        step = check.command(f"{path} on {backend}", [*command, "--backend", backend], OMP_NUM_THREADS="2")
+        step = check.command(
+            f"{path} on {backend}",
+            [*command, "--backend", backend],
+            OMP_NUM_THREADS="2",
+            CUBLAS_WORKSPACE_CONFIG=":4096:8",
+        )
         step.detail |= outcome(report)
         if step.detail.get("exit") == NO_TESTS:
             step.status = "skipped"

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
+
 #include "core/quantizer.h"
 #include "cuda/ptx/clamp.cuh"
 
@@ -30,6 +32,19 @@ template <Kind kKind>
 __device__ __forceinline__ float code_of(float x, const Channel& c, float levels) {
   if constexpr (kKind == Kind::kUniform) return uniform_code(grid_position(x, c.grid.offset, c.inverse), levels);
   return kKind == Kind::kBinary ? binary_code(x) : ternary_code(x, c.grid.threshold);
+}
+
+// The code of x; that of a NaN is 0.
+template <Kind kKind>
+__device__ __forceinline__ uint32_t integer_code_of(float x, const Channel& c, float levels) {
+  if constexpr (kKind == Kind::kBinary) return x >= 0.0f ? 1u : 0u;
+  if constexpr (kKind == Kind::kTernary) return (x > -c.grid.threshold ? 1u : 0u) + (x > c.grid.threshold ? 1u : 0u);
+  // fmaxf prefers 0 to a NaN. After the addition that rounds, the lowest bits are the code.
+  const float clamped = fminf(fmaxf(grid_position(x, c.grid.offset, c.inverse), 0.0f), levels);
+  const float rounded = clamped + kRoundingMagic;
+  uint32_t bits;
+  memcpy(&bits, &rounded, sizeof bits);
+  return bits & 0xffu;
 }
 
 // Calls f.template operator()<kKind>() for a kind that has codes.
