@@ -175,6 +175,11 @@ def test_wrong_options_of_the_indicators(options, message):
         network(build_algorithm("limpq", OPTIONS | options))
 
 
+def test_a_network_with_nothing_to_search():
+    with pytest.raises(ConfigError, match="needs a network with a layer between its first and its last one"):
+        build_algorithm("limpq", OPTIONS).prepare(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)))
+
+
 def test_signed_inputs():
     model = network(build_algorithm("limpq", OPTIONS | {"signed_inputs": ["3"]}))
     signed = [model.get_submodule(name).activation_quantizer.signed for name in layers_of(model)]

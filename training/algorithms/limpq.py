@@ -123,6 +123,8 @@ class Indicators(Algorithm):
         activations = None if self.weight_only else self.bits
         names = layers_of(model)
         self.searched = names[1:-1]
+        if not self.searched:
+            raise ConfigError("'limpq' needs a network with a layer between its first and its last one")
         first = norms_between(model, *names[:2])  # they go with the first layer, whose bits are fixed
         model = prepare_lsq(model, dict.fromkeys(names, highest), self.signed_inputs, self.bits, activations)
         qk.switch_batch_norms(model, self.bits)
