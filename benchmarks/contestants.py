@@ -12,7 +12,7 @@ from torch.nn import functional
 import quantkernels as qk
 from benchmarks import int8, plain
 from benchmarks.compare import OURS
-from quantkernels.ops import Kind, Ste
+from quantkernels.ops import Encoding, Kind, Ste
 
 Run = Callable[[], Any]
 Contestants = dict[str, Run]
@@ -107,6 +107,26 @@ def fake_quantize(
     x = values(shape, dtype).requires_grad_()
     found[FAKE_QUANTIZE] = step_of(torchs, x)
     eager = lambda x: plain.fake_quantize(x, LOW, step, levels)  # noqa: E731
+    return with_plain(found, eager, lambda f: step_of(f, x), compiles)
+
+
+def learned_basis(
+    bits: int, shape: Sequence[int], dtype: str, axis: int | None, plainly: bool = False, compiles: bool = False
+) -> Contestants:
+    """A learned basis with the statistics of QEM, forward and backward, as for an activation."""
+    powers = 2.0 ** torch.arange(bits)[None] * (HIGH / 2**bits)
+
+    def make(x: Tensor, axis: int | None) -> Run:
+        basis = powers.repeat(1 if axis is None else x.shape[axis], 1)
+        return step_of(
+            lambda x: qk.ops.learned_basis_quantize(x, basis, Encoding.UNSIGNED, Ste.CLIP, axis)[0], x.requires_grad_()
+        )
+
+    found = element_wise(make, shape, dtype, axis)
+    if not plainly:
+        return found
+    x = values(shape, dtype).requires_grad_()
+    eager = lambda x: plain.learned_basis(x, powers[0])[0]  # noqa: E731
     return with_plain(found, eager, lambda f: step_of(f, x), compiles)
 
 

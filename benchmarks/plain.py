@@ -38,6 +38,17 @@ def fake_quantize(x: Tensor, offset: float, step: float, levels: int) -> Tensor:
     return offset + step * code
 
 
+def learned_basis(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest level of digits {0, 1}, its clipped gradient, and B B^T and B x (LQ-Nets, algorithm 1)."""
+    codes = torch.arange(2 ** len(basis))
+    digits = ((codes[:, None] >> torch.arange(len(basis))) & 1).float()
+    levels, order = (digits @ basis).sort()
+    rank = torch.bucketize(x.detach(), (levels[:-1] + levels[1:]) / 2)
+    b = digits[order[rank]].reshape(-1, len(basis))
+    q = x.clamp(max=levels[-1])
+    return q + (levels[rank] - q).detach(), b.t() @ b, b.t() @ x.detach().reshape(-1)
+
+
 def channel_stats(x: Tensor, axis: int | None = None) -> Tensor:
     """[C, 4]: min, max, sum |x|, sum x^2."""
     dims = over(x, axis)

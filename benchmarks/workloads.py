@@ -32,6 +32,7 @@ CHANNELS = 512
 AXES = {"tensor": None, "outer": 0, "inner": 1}  # no channels; each channel one run of memory; channels side by side
 DQA_BITS = (2, 4, 8)
 UNIFORM_BITS = 4
+BASIS_BITS = (2, 3, 4)
 PACK_BITS = (1, 2, 4, 8)
 
 FEATURES = 4096
@@ -170,6 +171,10 @@ def element_wise_workloads(sizes: Sequence[int], quick: bool) -> Iterator[Worklo
         yield v.workload("stats", "channel_stats", stats, 1, [Within(SUM, 1.4)])
     for v in variants(sizes):
         yield v.workload("fake_quantize", "fake_quantize", uniform, 5, [Faster(FAKE_QUANTIZE, 14)])
+    for v in variants(sizes):
+        for bits in BASIS_BITS if v.base else (2,):
+            build = partial(contestants.learned_basis, bits, compiles=compiles and bits == BASIS_BITS[0])
+            yield v.workload("learned_basis", f"learned_basis_{bits}", build, 5, [])
     for v in variants(sizes):
         yield v.workload("attention", "dqa_2_4_8", dqa, 6, [Faster(EAGER, 30), Faster(COMPILE, 3)])
 

@@ -21,7 +21,7 @@ from benchmarks.workloads import workloads
 from quantkernels._lib import _host
 
 ROOT = Path(__file__).parent.parent
-FAMILIES = {"stats", "fake_quantize", "attention", "bitplanes", "matmul", "conv", "end_to_end"}
+FAMILIES = {"stats", "fake_quantize", "attention", "learned_basis", "bitplanes", "matmul", "conv", "end_to_end"}
 ONE_OF_EACH = "float32-tensor or linear-w2a2 or conv-tiny-w4a8 or resnet18"
 
 

@@ -2,6 +2,7 @@
 // The CPU backend as csrc/ops sees it: one table of kernels, chosen once by what the processor can do.
 
 #include "core/args.h"
+#include "core/learned_basis.h"
 
 namespace qk::cpu {
 
@@ -13,6 +14,9 @@ struct Kernels {
   void (*fake_quantize_backward)(const FakeQuantizeArgs&);
   void (*attention_quantize_forward)(const AttentionArgs&);
   void (*attention_quantize_backward)(const AttentionArgs&);
+  void (*learned_basis_forward)(const LearnedBasisArgs&);
+  void (*learned_basis_backward)(const LearnedBasisArgs&);
+  void (*learned_basis_encode)(const LearnedEncodeArgs&);
   void (*encode)(const EncodeArgs&);
   void (*pack_bitplanes)(const PackArgs&);
   void (*unpack_bitplanes)(const UnpackArgs&);

@@ -5,6 +5,7 @@
 #include "cpu/conv.h"
 #include "cpu/fake_quantize.h"
 #include "cpu/kernels.h"
+#include "cpu/learned_basis.h"
 #include "cpu/matmul.h"
 #include "cpu/stats.h"
 
@@ -19,6 +20,9 @@ const Kernels kKernels = {
     .fake_quantize_backward = fake_quantize_backward,
     .attention_quantize_forward = attention_quantize_forward,
     .attention_quantize_backward = attention_quantize_backward,
+    .learned_basis_forward = learned_basis_forward,
+    .learned_basis_backward = learned_basis_backward,
+    .learned_basis_encode = learned_basis_encode,
     .encode = encode,
     .pack_bitplanes = pack_bitplanes,
     .unpack_bitplanes = unpack_bitplanes,

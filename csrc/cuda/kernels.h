@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "core/args.h"
+#include "core/learned_basis.h"
 
 namespace qk::cuda {
 
@@ -33,6 +34,10 @@ void fake_quantize_backward(const FakeQuantizeArgs& args, const Context& context
 
 void attention_quantize_forward(const AttentionArgs& args, const Context& context);
 void attention_quantize_backward(const AttentionArgs& args, const Context& context);
+
+void learned_basis_forward(const LearnedBasisArgs& args, const Context& context);
+void learned_basis_backward(const LearnedBasisArgs& args, const Context& context);
+void learned_basis_encode(const LearnedEncodeArgs& args, const Context& context);
 
 void encode(const EncodeArgs& args, const Context& context);
 void pack_bitplanes(const PackArgs& args, const Context& context);

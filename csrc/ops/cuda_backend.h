@@ -14,6 +14,7 @@
 #include "ops/bitplanes.h"
 #include "ops/conv.h"
 #include "ops/fake_quantize.h"
+#include "ops/learned_basis.h"
 #include "ops/matmul.h"
 #include "ops/stats.h"
 
@@ -64,6 +65,15 @@ struct CudaBackend {
   static void attention_quantize_backward(const AttentionArgs& args, const Tensor& x) {
     run("attention_quantize_backward", x, cuda::attention_quantize_backward, args);
   }
+  static void learned_basis_forward(const LearnedBasisArgs& args, const Tensor& x) {
+    run("learned_basis_quantize", x, cuda::learned_basis_forward, args);
+  }
+  static void learned_basis_backward(const LearnedBasisArgs& args, const Tensor& x) {
+    run("learned_basis_quantize_backward", x, cuda::learned_basis_backward, args);
+  }
+  static void learned_basis_encode(const LearnedEncodeArgs& args, const Tensor& x) {
+    run("learned_basis_encode", x, cuda::learned_basis_encode, args);
+  }
   static void encode(const EncodeArgs& args, const Tensor& x) { run("encode", x, cuda::encode, args); }
   static void pack_bitplanes(const PackArgs& args, const Tensor& codes) {
     run("pack_bitplanes", codes, cuda::pack_bitplanes, args);
@@ -89,6 +99,9 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("attention_quantize", TORCH_BOX(&attention_quantize<Kernels>));
   m.impl("attention_quantize_backward", TORCH_BOX(&attention_quantize_backward<Kernels>));
   m.impl("attention_gradient", TORCH_BOX(&attention_gradient<Kernels>));
+  m.impl("learned_basis_quantize", TORCH_BOX(&learned_basis_quantize<Kernels>));
+  m.impl("learned_basis_quantize_backward", TORCH_BOX(&learned_basis_quantize_backward<Kernels>));
+  m.impl("learned_basis_encode", TORCH_BOX(&learned_basis_encode<Kernels>));
   m.impl("encode", TORCH_BOX(&encode<Kernels>));
   m.impl("pack_bitplanes", TORCH_BOX(&pack_bitplanes<Kernels>));
   m.impl("unpack_bitplanes", TORCH_BOX(&unpack_bitplanes<Kernels>));

@@ -9,6 +9,7 @@
 #include "ops/bitplanes.h"
 #include "ops/conv.h"
 #include "ops/fake_quantize.h"
+#include "ops/learned_basis.h"
 #include "ops/matmul.h"
 #include "ops/stats.h"
 
@@ -41,6 +42,15 @@ struct Cpu {
   static void attention_quantize_backward(const AttentionArgs& args, const Tensor&) {
     cpu::kernels().attention_quantize_backward(args);
   }
+  static void learned_basis_forward(const LearnedBasisArgs& args, const Tensor&) {
+    cpu::kernels().learned_basis_forward(args);
+  }
+  static void learned_basis_backward(const LearnedBasisArgs& args, const Tensor&) {
+    cpu::kernels().learned_basis_backward(args);
+  }
+  static void learned_basis_encode(const LearnedEncodeArgs& args, const Tensor&) {
+    cpu::kernels().learned_basis_encode(args);
+  }
   static void encode(const EncodeArgs& args, const Tensor&) { cpu::kernels().encode(args); }
   static void pack_bitplanes(const PackArgs& args, const Tensor&) { cpu::kernels().pack_bitplanes(args); }
   static void unpack_bitplanes(const UnpackArgs& args, const Tensor&) { cpu::kernels().unpack_bitplanes(args); }
@@ -62,6 +72,9 @@ STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) {
   m.impl("attention_quantize", TORCH_BOX(&attention_quantize<Cpu>));
   m.impl("attention_quantize_backward", TORCH_BOX(&attention_quantize_backward<Cpu>));
   m.impl("attention_gradient", TORCH_BOX(&attention_gradient<Cpu>));
+  m.impl("learned_basis_quantize", TORCH_BOX(&learned_basis_quantize<Cpu>));
+  m.impl("learned_basis_quantize_backward", TORCH_BOX(&learned_basis_quantize_backward<Cpu>));
+  m.impl("learned_basis_encode", TORCH_BOX(&learned_basis_encode<Cpu>));
   m.impl("encode", TORCH_BOX(&encode<Cpu>));
   m.impl("pack_bitplanes", TORCH_BOX(&pack_bitplanes<Cpu>));
   m.impl("unpack_bitplanes", TORCH_BOX(&unpack_bitplanes<Cpu>));

@@ -28,6 +28,15 @@ inline void define_schemas(torch::stable::detail::StableLibrary& m) {
       "attention_gradient(Tensor grad, Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int? axis) -> "
       "Tensor");
 
+  // basis [channels, n]; encoding 0 {-1, +1}, 1 {0, 1}; ste 0 identity, 1 clip. Results: q, B B^T [channels, n, n] and
+  // B x [channels, n], for no channels without statistics.
+  m.def(
+      "learned_basis_quantize(Tensor x, Tensor basis, int encoding, int ste, int? axis, bool statistics=True) -> (Tensor, "
+      "Tensor, Tensor)");
+  m.def("learned_basis_quantize_backward(Tensor grad, Tensor x, Tensor basis, int encoding, int? axis) -> Tensor");
+  // grid [channels, 1 + n]: offset, and the step of each bit of a code.
+  m.def("learned_basis_encode(Tensor x, Tensor grid, int? axis) -> Tensor");
+
   m.def("encode(Tensor x, Tensor grid, int kind, int levels, int? axis) -> Tensor");
   m.def("pack_bitplanes(Tensor codes, int kind, int levels) -> Tensor");
   m.def("unpack_bitplanes(Tensor planes, int kind, int columns) -> Tensor");

@@ -6,11 +6,13 @@ from .attention import attention_gradient, attention_quantize
 from .bitplanes import encode, pack_bitplanes, quantize_pack, unpack_bitplanes
 from .conv import lowbit_conv2d
 from .fake_quantize import Kind, Ste, fake_quantize, grid_gradient
+from .learned_basis import Encoding, grid_of_basis, learned_basis_encode, learned_basis_quantize, level_table
 from .matmul import lowbit_linear
 from .plan import plan
 from .stats import channel_stats, conditional_abs_mean, range_errors
 
 __all__ = [
+    "Encoding",
     "Kind",
     "Ste",
     "attention_gradient",
@@ -21,6 +23,10 @@ __all__ = [
     "encode",
     "fake_quantize",
     "grid_gradient",
+    "grid_of_basis",
+    "learned_basis_encode",
+    "learned_basis_quantize",
+    "level_table",
     "lowbit_conv2d",
     "lowbit_linear",
     "pack_bitplanes",

@@ -20,6 +20,13 @@ from .attention import (
 from .bitplanes import encode, pack_bitplanes, plane_count, quantize_pack, unpack_bitplanes
 from .conv import lowbit_conv2d
 from .fake_quantize import differentiable_fake_quantize, fake_quantize, fake_quantize_backward
+from .learned_basis import (
+    differentiable_learned_basis_quantize,
+    learned_basis_encode,
+    learned_basis_quantize,
+    learned_basis_quantize_backward,
+    qem_basis,
+)
 from .matmul import lowbit_linear
 from .stats import channel_stats, conditional_abs_mean, range_errors
 
@@ -31,13 +38,18 @@ __all__ = [
     "conditional_abs_mean",
     "differentiable_attention_quantize",
     "differentiable_fake_quantize",
+    "differentiable_learned_basis_quantize",
     "encode",
     "fake_quantize",
     "fake_quantize_backward",
+    "learned_basis_encode",
+    "learned_basis_quantize",
+    "learned_basis_quantize_backward",
     "lowbit_conv2d",
     "lowbit_linear",
     "pack_bitplanes",
     "plane_count",
+    "qem_basis",
     "quantize_pack",
     "range_errors",
     "unpack_bitplanes",

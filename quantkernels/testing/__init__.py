@@ -3,7 +3,16 @@
 from .backends import BACKENDS, Backend
 from .calls import ARGUMENTS, Call, calls
 from .compare import assert_bit_equal, assert_sums_close, sum_tolerance
-from .inputs import AttentionProblem, Problem, attention_problems, lay_out, pairwise, problems
+from .inputs import (
+    AttentionProblem,
+    LearnedBasisProblem,
+    Problem,
+    attention_problems,
+    lay_out,
+    learned_basis_problems,
+    pairwise,
+    problems,
+)
 from .lowbit import LowbitProblem
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "AttentionProblem",
     "Backend",
     "Call",
+    "LearnedBasisProblem",
     "LowbitProblem",
     "Problem",
     "assert_bit_equal",
@@ -19,6 +29,7 @@ __all__ = [
     "attention_problems",
     "calls",
     "lay_out",
+    "learned_basis_problems",
     "pairwise",
     "problems",
     "sum_tolerance",

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Kind, Ste
+from ..ops import Encoding, Kind, Ste
+from ..reference.learned_basis import levels as learned_levels
 
 INF = float("inf")
 
@@ -161,6 +162,68 @@ class AttentionProblem:
 
     def grad(self, device: str = "cpu") -> Tensor:
         return self.first.grad(device)
+
+
+@dataclass(frozen=True)
+class LearnedBasisProblem:
+    """Arguments of ``learned_basis_quantize``: those of ``one`` with 2^bits levels, and the encoding of the basis."""
+
+    one: Problem
+    encoding: int
+
+    def __str__(self) -> str:
+        digits = Encoding(self.encoding).name.lower()
+        return str(self.one).replace(self.one.quantizer_name, f"{digits}{self.bits}{Ste(self.one.ste).name.lower()}")
+
+    @property
+    def bits(self) -> int:
+        return self.one.levels.bit_length()
+
+    @property
+    def quantizer(self) -> tuple[int, int, int | None]:
+        """encoding, ste and axis: the arguments after the basis."""
+        return int(self.encoding), int(self.one.ste), self.one.axis
+
+    def basis(self, device: str = "cpu") -> Tensor:
+        """float32 [channels, bits]: ordinary rows, and with ``special`` such as give equal levels or infinite ones."""
+        generator = self.one.generator("basis")
+        rows = (
+            0.2 * 2.0 ** torch.arange(self.bits) * (0.5 + torch.rand(self.one.channels, self.bits, generator=generator))
+        )
+        if self.one.special:
+            rows[1::6] = 0.25  # levels that several codes have
+            rows[2::6] *= -1
+            rows[3::6] = 0.0
+            rows[4::6] = 3e38
+        return rows.to(device)
+
+    def x(self, device: str = "cpu") -> Tensor:
+        """At ties between neighbouring levels and beside them, at levels, anywhere; not all finite with ``special``."""
+        generator, axis = self.one.generator("x"), self.one.axis
+        levels = learned_levels(self.basis(), self.encoding).sort(1).values
+        middle = torch.cat((levels, (levels[:, :-1] + levels[:, 1:]) * 0.5), 1)
+        shape, per_channel = self.one.shape, self.one.per_channel
+        pick = torch.randint(middle.shape[1], (self.one.channels, per_channel), generator=generator)
+        at = middle.gather(1, pick)
+        towards = (torch.randint(3, at.shape, generator=generator) - 1) * INF
+        beside = torch.where(towards.isnan(), at, torch.nextafter(at, towards.nan_to_num(0.0)))
+        anywhere = torch.randn(at.shape, generator=generator)
+        values = torch.where(torch.rand(at.shape, generator=generator) < 0.5, anywhere, beside)
+        if self.one.special:
+            odd = torch.tensor((*_SPECIAL, float("nan")))[
+                torch.randint(len(_SPECIAL) + 1, at.shape, generator=generator)
+            ]
+            values = torch.where(torch.rand(at.shape, generator=generator) < 0.1, odd, values)
+        if axis is None:
+            values = values.reshape(shape)
+        else:
+            moved = [shape[axis], *(size for d, size in enumerate(shape) if d != axis % len(shape))]
+            values = values.reshape(moved).movedim(0, axis)
+        return lay_out(values.to(device, self.one.dtype), self.one.layout)
+
+    def grad(self, device: str = "cpu") -> Tensor:
+        """As that of ``one``."""
+        return self.one.grad(device)
 
 
 def make_grid(channels: int, kind: int, generator: torch.Generator) -> Tensor:
@@ -319,4 +382,23 @@ def attention_problems(
         one = Problem(row["shape"], row["dtype"], row["layout"], axis, special=row["special"])
         members = tuple(replace(one, kind=k, levels=n, ste=s) for k, n, s in row["mixture"])
         found[str(AttentionProblem(members))] = AttentionProblem(members)
+    return list(found.values())
+
+
+def learned_basis_problems(
+    bits: Sequence[int] = (1, 2, 3, 4, 7), special: Sequence[bool] = (True, False)
+) -> list[LearnedBasisProblem]:
+    """Bases of these many bits in both encodings over shapes, layouts, axes and dtypes, pairwise."""
+    rows = pairwise(
+        shape=SHAPES, bits=bits, encoding=tuple(Encoding), layout=LAYOUTS, axis=AXES, dtype=DTYPES,
+        ste=(Ste.IDENTITY, Ste.CLIP), special=special,
+    )  # fmt: skip
+    found = {}
+    for row in rows:
+        axis = _valid_axis(row["shape"], row["axis"])
+        levels = 2 ** row["bits"] - 1
+        one = Problem(
+            row["shape"], row["dtype"], row["layout"], axis, levels=levels, ste=row["ste"], special=row["special"]
+        )
+        found[str(LearnedBasisProblem(one, row["encoding"]))] = LearnedBasisProblem(one, row["encoding"])
     return list(found.values())

@@ -7,11 +7,11 @@ kernels and gradients are those of ``quantkernels.ops``, so nothing is said twic
 
 from __future__ import annotations
 
-from . import attention, fake_quantize, matmul, stats
+from . import attention, fake_quantize, learned_basis, matmul, stats
 from ._library import OPS, define
 from ._tiles import INTERPRETED
 
-for _family in (stats, fake_quantize, attention, matmul):
+for _family in (stats, fake_quantize, attention, learned_basis, matmul):
     for _op, _kernel in _family.OPS.items():
         define(_op, _kernel)
 

@@ -11,7 +11,7 @@ from quantkernels import ops
 from quantkernels.ops import Kind, Ste
 from quantkernels.testing import Problem, assert_bit_equal
 
-pytestmark = pytest.mark.ops("channel_stats", "fake_quantize", "attention_quantize", "encode")
+pytestmark = pytest.mark.ops("channel_stats", "fake_quantize", "attention_quantize", "encode", "learned_basis_quantize")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,6 +26,7 @@ def test_results_do_not_change(backend, dtype):
             ops.fake_quantize(x, grid, Kind.UNIFORM, 7, axis=0),
             ops.attention_quantize(x, attention, grids, [0, 1], [7, 1], [0, 0], 0),
             ops.encode(x, grid, Kind.UNIFORM, 7, 0),
+            *ops.learned_basis_quantize(x, grid.abs(), 0, axis=0),
         ]
 
     with backend.chosen():

@@ -9,7 +9,7 @@ from quantkernels import ops
 from quantkernels.ops import Kind, Ste
 from quantkernels.testing import assert_bit_equal
 
-pytestmark = pytest.mark.ops("fake_quantize", "attention_quantize", "channel_stats")
+pytestmark = pytest.mark.ops("fake_quantize", "attention_quantize", "channel_stats", "learned_basis_quantize")
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +35,19 @@ def mixture(x: torch.Tensor, logits: torch.Tensor, grids: torch.Tensor) -> torch
     return ops.attention_quantize(x, logits.softmax(0), grids, kinds, levels, stes, None).sin()
 
 
+def learned_basis(x: torch.Tensor) -> torch.Tensor:
+    basis = torch.tensor([[0.3, 0.7]], device=x.device)
+    q, gram, product = ops.learned_basis_quantize(x, basis, 1, Ste.CLIP)
+    return q * gram.sum() / product.sum()
+
+
 def inputs_of(function, device: str) -> list[torch.Tensor]:
     torch.manual_seed(0)
     one = torch.tensor([[-1.0, 0.2, 0.0]])
     inputs = {
         minmax: [torch.randn(6, 20)],
         learned: [torch.randn(5, 9), one],
+        learned_basis: [torch.randn(5, 9)],
         mixture: [torch.randn(4, 7), torch.tensor([0.3, -0.2]), torch.stack((one, 2 * one))],
     }[function]
     return [t.to(device).requires_grad_() for t in inputs]
@@ -58,7 +65,7 @@ def check(function, device: str, **options) -> None:
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("function", [minmax, learned, mixture])
+@pytest.mark.parametrize("function", [minmax, learned, learned_basis, mixture])
 def test_whole_graph(backend, function):
     with backend.chosen():
         check(function, backend.device, backend="aot_eager")

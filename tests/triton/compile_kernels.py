@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from quantkernels.triton import attention, fake_quantize, matmul, stats
+from quantkernels.triton import attention, fake_quantize, learned_basis, matmul, stats
 from quantkernels.triton._tiles import EXACT
 
 FLOATS = "*fp32"
@@ -51,6 +51,11 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             yield "attention_backward" + ending, attention.attention_backward_kernel, gradient, constants
             gradient, constants = {**several, "grad": x, "partial": FLOATS}, {**constants, "grad_x": None}
             yield "attention_gradient" + ending, attention.attention_backward_kernel, gradient, constants
+            levels = {"x": x, "tree": FLOATS, "codes": "*i32", "out": x, "partial": FLOATS}
+            constants = {"BITS": 3, "SIGNED": True, "CODES": False, **walk}
+            yield "learned_basis" + ending, learned_basis.learned_basis_forward_kernel, levels, constants
+            gradient = {"grad": x, "x": x, "top": FLOATS, "grad_x": x}
+            yield "learned_basis_backward" + ending, learned_basis.learned_basis_backward_kernel, gradient, walk
             sums = {"x": x, "partial": FLOATS, "threshold": FLOATS, "candidates": FLOATS}
             yield "stats" + ending, stats.channel_stats_kernel, sums, walk
             yield "mean" + ending, stats.conditional_abs_mean_kernel, sums, walk

@@ -1,0 +1,181 @@
+// q = the nearest level of a learned basis, and what the next basis is made of (LQ-Nets, QEM): B B^T and B x, in one pass.
+//
+// A digit e_j of the code is looked up like the level itself, so that B B^T takes a multiply-add an entry of its upper
+// triangle. Its sums are whole numbers, exact while a partial sum has fewer than 2^24 terms.
+
+#include "cpu/learned_basis.h"
+
+#include <bit>
+
+#include "cpu/levels.h"
+#include "cpu/traverse.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+namespace {
+
+// The channel travels through the ChannelTable as the bits of an int.
+ChannelTable channel_numbers(const Layout& layout, const Walk& walk) {
+  return ChannelTable(layout, walk, 1,
+                      [](int64_t c, float* values) { values[0] = std::bit_cast<float>(static_cast<int32_t>(c)); });
+}
+
+// kBits: of the one channel of a run; 0: any number, each lane with a channel of its own.
+template <int kBits>
+auto levels_of(const LevelTables& tables, int bits, Vec channels) {
+  float lanes[kLanes];
+  store(lanes, channels);
+  if constexpr (kBits > 0) {
+    return SharedLevels<kBits>(tables.of(std::bit_cast<int32_t>(lanes[0])));
+  } else {
+    LaneLevels levels{};
+    levels.count = bits;
+    for (int lane = 0; lane < kLanes; ++lane) levels.table[lane] = tables.of(std::bit_cast<int32_t>(lanes[lane]));
+    return levels;
+  }
+}
+
+enum class Result { kValues, kMoments, kCodes };  // kMoments: values as well
+
+template <int kBits, Result kResult, class T>
+struct Forward {
+  static constexpr int kRoom = kBits ? kBits : kMaxBits;  // digits that there are accumulators for
+  static constexpr int kSums = kResult == Result::kMoments ? moment_sums(kRoom) : 0;
+  using Out = std::conditional_t<kResult == Result::kCodes, uint8_t*, Results<T>>;
+  const T* x;
+  Out out;
+  const LevelTables& tables;
+  int bits;
+
+  template <class Field>
+  auto params(Field field) const {
+    return levels_of<kBits>(tables, bits, field(0));
+  }
+
+  template <class Lanes, class Levels>
+  void operator()(int64_t i, Lanes lanes, const Levels& levels, Vec* sums) const {
+    const Vec value = load(x + i, lanes);
+    const Index leaf = nearest(value, levels);
+    if constexpr (kResult == Result::kCodes) {
+      store_codes(out + i, levels(kCodes, leaf), lanes);
+    } else {
+      out.put(i, levels(kLevels, leaf), lanes);
+    }
+    if constexpr (kResult == Result::kMoments) {
+      Vec digit[kRoom];
+      unrolled<kRoom>([&](int j) { digit[j] = j < levels.bits() ? levels(kDigits + j, leaf) : splat(0.0f); });
+      int s = 0;
+#pragma GCC unroll 8
+      for (int a = 0; a < kRoom; ++a)
+#pragma GCC unroll 8
+        for (int b = a; b < kRoom; ++b, ++s) sums[s] = multiply_add(digit[a], digit[b], sums[s]);
+      unrolled<kRoom>(
+          [&](int j) { sums[gram_sums(kRoom) + j] = multiply_add(digit[j], value, sums[gram_sums(kRoom) + j]); });
+    }
+  }
+};
+
+// g where x is not above the top level.
+template <class T>
+struct Backward {
+  static constexpr int kSums = 0;
+  const T* grad;
+  const T* x;
+  Results<T> out;
+
+  template <class Field>
+  Vec params(Field field) const {
+    return field(0);
+  }
+
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, Vec top, Vec*) const {
+    out.put(i, keep(less_equal(load(x + i, lanes), top), load(grad + i, lanes)), lanes);
+  }
+};
+
+// [channels, 1 + bits]
+std::vector<float> rows_of(const LearnedBasisArgs& args) {
+  std::vector<float> rows(args.layout.channels * (1 + args.bits));
+  for (int64_t c = 0; c < args.layout.channels; ++c)
+    row_of_basis(args.basis + c * args.bits, args.bits, args.encoding, &rows[c * (1 + args.bits)]);
+  return rows;
+}
+
+// totals: the accumulators of Forward, [moment_sums(room)][channels].
+void put_moments(const LearnedBasisArgs& args, int room, const std::vector<double>& totals) {
+  const int n = args.bits;
+  const int64_t channels = args.layout.channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    float* const gram = args.gram + c * n * n;
+    const double* total = &totals[c];
+    for (int i = 0; i < room; ++i)
+      for (int j = i; j < room; ++j, total += channels)
+        if (j < n) gram[i * n + j] = gram[j * n + i] = static_cast<float>(*total);
+    for (int i = 0; i < n; ++i, total += channels) args.product[c * n + i] = static_cast<float>(*total);
+  }
+}
+
+// Calls f.template operator()<kBits>(), kBits as for levels_of.
+template <class F>
+void with_walk(const Walk& walk, int bits, const F& f) {
+  walk.by_columns ? f.template operator()<0>() : with_table_bits(bits, f);
+}
+
+// Returns the accumulators.
+template <int kBits, class Op>
+std::vector<double> run(const Layout& layout, const Walk& walk, const Op& op) {
+  const ChannelTable channels = channel_numbers(layout, walk);
+  std::vector<double> totals(Op::kSums * layout.channels);
+  if constexpr (kBits > 0) {
+    traverse_runs(layout, walk, channels, op, totals.data());
+  } else {
+    (walk.by_columns ? traverse_columns<Op> : traverse_runs<Op>)(layout, walk, channels, op, totals.data());
+  }
+  return totals;
+}
+
+}  // namespace
+
+void learned_basis_forward(const LearnedBasisArgs& args) {
+  const Walk walk = walk_of(args.layout);
+  const LevelTables tables(rows_of(args).data(), args.layout.channels, args.bits, args.encoding);
+  with_type(args.dtype, [&]<class T>(T*) {
+    const Results<T> out(args.out, args.layout, walk);
+    const T* const x = static_cast<const T*>(args.x);
+    with_walk(walk, args.bits, [&]<int kBits>() {
+      if (args.gram) {
+        using Op = Forward<kBits, Result::kMoments, T>;
+        put_moments(args, Op::kRoom, run<kBits>(args.layout, walk, Op{x, out, tables, args.bits}));
+      } else {
+        run<kBits>(args.layout, walk, Forward<kBits, Result::kValues, T>{x, out, tables, args.bits});
+      }
+    });
+  });
+}
+
+void learned_basis_encode(const LearnedEncodeArgs& args) {
+  const Walk walk = walk_of(args.layout);
+  const LevelTables tables(args.grid, args.layout.channels, args.bits, Encoding::kUnsigned);
+  with_type(args.dtype, [&]<class T>(T*) {
+    const T* const x = static_cast<const T*>(args.x);
+    with_walk(walk, args.bits, [&]<int kBits>() {
+      run<kBits>(args.layout, walk, Forward<kBits, Result::kCodes, T>{x, args.codes, tables, args.bits});
+    });
+  });
+}
+
+void learned_basis_backward(const LearnedBasisArgs& args) {
+  const Walk walk = walk_of(args.layout);
+  const int entries = level_entries(args.bits), top = (2 << args.bits) - 1;  // the last leaf
+  const LevelTables tables(rows_of(args).data(), args.layout.channels, args.bits, args.encoding);
+  const ChannelTable limits(args.layout, walk, 1, [&](int64_t c, float* values) {
+    values[0] = tables.of(c)[kLevels * entries + (top & (entries - 1))];
+  });
+  with_type(args.dtype, [&]<class T>(T*) {
+    traverse(args.layout, walk, limits,
+             Backward<T>{static_cast<const T*>(args.grad), static_cast<const T*>(args.x),
+                         Results<T>(args.out, args.layout, walk)});
+  });
+}
+
+}  // namespace qk::cpu::QK_CPU_ISA
