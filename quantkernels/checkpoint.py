@@ -23,16 +23,17 @@ from .convert import swap
 from .folding import BATCH_NORMS
 from .nn import PackedConv2d, PackedLayer, PackedLinear, QConv2d, QLinear, QuantizedLayer, SwitchableBatchNorm2d
 from .nn.coding import Coding, Epilogue, Geometry, Widths, pad_sides
-from .nn.packed import WORD, check_tensor, plane_count
+from .nn.packed import WORD, check_tensor, grid_columns, plane_count
 from .ops import Kind
 from .quantizers import Fixed
 from .quantizers.base import check_widths
 
 FORMAT = "quantkernels"
-# Written are the first version that can say it: 1 for one precision, 2 where there are several bit-widths.
-FORMAT_VERSIONS = (1, 2)
+# Written are the first version that can say it: 1 for one precision, 2 where there are several bit-widths, 3 where a
+# basis is learned.
+FORMAT_VERSIONS = (1, 2, 3)
 NORM = "switchable_batch_norm2d"
-KINDS = {"uniform": Kind.UNIFORM, "binary": Kind.BINARY, "ternary": Kind.TERNARY}
+KINDS = {"uniform": Kind.UNIFORM, "binary": Kind.BINARY, "ternary": Kind.TERNARY, "learned": Kind.LEARNED}
 KIND_NAMES = {int(kind): name for name, kind in KINDS.items()}
 
 
@@ -67,7 +68,7 @@ def save(packed: nn.Module, path: str | os.PathLike[str]) -> None:
     text = canonical(layers)
     metadata = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSIONS[has_widths(layers)]),
+        "format_version": str(version_of(layers)),
         "layers": text,
         "sha256": digest(text, tensors),
     }
@@ -101,6 +102,17 @@ def describe(packed: nn.Module) -> dict[str, Any]:
     if all(record["type"] == NORM for record in layers.values()):
         raise ValueError(f"save: {type(packed).__name__} has no packed layers; call convert() first")
     return layers
+
+
+def version_of(layers: Mapping[str, Any]) -> int:
+    """The first format version that can say these records."""
+    if any(
+        coding and coding["kind"] == "learned"
+        for r in layers.values()
+        for coding in (r.get("weight"), r.get("activation"))
+    ):
+        return 3
+    return 2 if has_widths(layers) else 1
 
 
 def describe_packed(layer: PackedLayer) -> dict[str, Any]:
@@ -250,7 +262,7 @@ def check_version(path: Path, metadata: Mapping[str, str]) -> int:
     for known in FORMAT_VERSIONS:
         if version == str(known):
             return known
-    known_versions = " and ".join(map(str, FORMAT_VERSIONS))
+    known_versions = " to ".join(map(str, (FORMAT_VERSIONS[0], FORMAT_VERSIONS[-1])))
     raise CheckpointVersionError(
         f"load: {path}: format version {version}, this library reads versions {known_versions}: use the library "
         "that wrote it, or save the network again with this one"
@@ -293,13 +305,15 @@ def check_norm(name: str, record: Mapping[str, Any]) -> None:
 
 
 def check_coding(what: str, record: Any, version: int) -> None:
-    """Raises ValueError unless kind, bits and levels, and from version 2 on bit_widths, are known and agree."""
+    """Raises ValueError unless kind, bits and levels, and from version 2 on bit_widths, are known and agree; bases are
+    learned from version 3 on."""
     keys = set(record) if isinstance(record, dict) else set()
     several = version > 1 and "bit_widths" in keys
     if keys != {"kind", "bits", "levels"} | ({"bit_widths"} if several else set()):
         raise ValueError(f"{what} must have kind, bits and levels, got {record!r}")
-    if record["kind"] not in KINDS or not isinstance(record["levels"], int):
-        raise ValueError(f"{what}: kind must be one of {', '.join(KINDS)} and levels an int, got {record!r}")
+    known = [kind for kind in KINDS if kind != "learned" or version > 2]
+    if record["kind"] not in known or not isinstance(record["levels"], int):
+        raise ValueError(f"{what}: kind must be one of {', '.join(known)} and levels an int, got {record!r}")
     if plane_count(KINDS[record["kind"]], record["levels"]) != record["bits"]:
         raise ValueError(f"{what}: bits and levels do not agree: {record!r}")
     if several:
@@ -420,9 +434,10 @@ def rebuild_float(
 ) -> tuple[nn.Module, set[str]]:
     """A layer with a float weight and a fixed activation grid; weight and bias are loaded with the rest."""
     entry, grid = record["activation"], tensors[key]
-    widths = entry.get("bit_widths")
-    check_tensor("activation grid", grid, torch.float32, (1, 3) if widths is None else (len(widths), 1, 3))
-    fixed = Fixed(grid, KINDS[entry["kind"]], entry["levels"], None, widths)
+    kind, widths = KINDS[entry["kind"]], entry.get("bit_widths")
+    several = () if widths is None else (len(widths),)
+    check_tensor("activation grid", grid, torch.float32, (*several, 1, grid_columns(kind, entry["levels"])))
+    fixed = Fixed(grid, kind, entry["levels"], None, widths)
     if isinstance(target, nn.Conv2d):
         return QConv2d.from_float(target, None, fixed), set()
     assert isinstance(target, nn.Linear)

@@ -197,11 +197,11 @@ def rewrite(path, *, metadata: dict | None = None, layers=None, tensors: dict | 
     save_file(values, path, metadata={**old, **fitting, **(metadata or {})})
 
 
-@pytest.mark.parametrize("version", ["0", "3", "1.5", "new"])
+@pytest.mark.parametrize("version", ["0", "4", "1.5", "new"])
 def test_wrong_version(path, version):
     rewrite(path, metadata={"format_version": version})
     refused(
-        path, error=qk.CheckpointVersionError, match=f"format version {version}, this library reads versions 1 and 2"
+        path, error=qk.CheckpointVersionError, match=f"format version {version}, this library reads versions 1 to 3"
     )
 
 

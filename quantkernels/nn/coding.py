@@ -17,7 +17,8 @@ from ..quantizers import Identity, Mixture, Quantizer
 
 
 class Coding(NamedTuple):
-    """How codes become values: grid float32 [C, 3], kind and levels as the ops take them."""
+    """How codes become values: grid float32 [C, 3] (of a learned basis [C, 1 + bits]), kind and levels as the ops take
+    them."""
 
     grid: Tensor
     kind: int
@@ -186,7 +187,10 @@ def adopt(quantizer: Quantizer | None, layer: str, role: str, like: Tensor) -> Q
             f"got axis={quantizer.axis}"
         )
     own = copy.deepcopy(quantizer).to(like.device)
-    return own.track() if role == "activation" and not own.tracking else own
+    if role == "activation" and not own.tracking:
+        own.track()
+    own.bind(like)
+    return own
 
 
 def has_codes(quantizer: Quantizer | None) -> bool:

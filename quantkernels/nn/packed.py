@@ -20,15 +20,20 @@ WORD = 32
 
 def plane_count(kind: int, levels: int) -> int:
     """Planes a code has. Raises ValueError for a kind or a number of levels that is none."""
-    if kind == Kind.UNIFORM and levels in [2**n - 1 for n in range(1, 9)]:
+    if kind in (Kind.UNIFORM, Kind.LEARNED) and levels in [2**n - 1 for n in range(1, 9)]:
         return int(levels).bit_length()
     if kind == Kind.BINARY and levels == 1:
         return 1
     if kind == Kind.TERNARY and levels == 2:
         return 2
     raise ValueError(
-        f"kind and levels must be (0, 2^n - 1 with n from 1 to 8), (1, 1) or (2, 2), got ({kind}, {levels})"
+        f"kind and levels must be (0 or 4, 2^n - 1 with n from 1 to 8), (1, 1) or (2, 2), got ({kind}, {levels})"
     )
+
+
+def grid_columns(kind: int, levels: int) -> int:
+    """3, or 1 + bits for a learned basis."""
+    return 1 + plane_count(kind, levels) if kind == Kind.LEARNED else 3
 
 
 def check_tensor(name: str, value: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
@@ -42,9 +47,9 @@ class PackedLayer(nn.Module):
     """A layer that holds no float weight.
 
     Buffers: planes int32 [bits, out, words]; weight_grid float32 [1, 3] or [out, 3]; activation_grid float32
-    [1, 3] or None (the activation stays floating, and the weight is decoded at each call); bias, scale,
-    shift float32 [out] or None. They keep their dtypes whatever the model is cast to; the output has the
-    dtype of the input.
+    [1, 3] or None (the activation stays floating, and the weight is decoded at each call); grids of a learned basis
+    have 1 + bits columns; bias, scale, shift float32 [out] or None. They keep their dtypes whatever the model is cast
+    to; the output has the dtype of the input.
 
     widths: bit-widths that the layer can be switched to (`set_bits`), for uniform codes. The planes are then those of
     the highest one, of which each uses its first; grids have a leading dimension, one entry a bit-width, and so may
@@ -75,16 +80,17 @@ class PackedLayer(nn.Module):
         bits = plane_count(weight.kind, weight.levels)
         check_tensor("planes", planes, torch.int32, (bits, out, -(-row_length // WORD)))
         several = () if widths is None else (len(widths.weight),)
-        check_tensor("weight grid", weight.grid, torch.float32, (*several, 1, 3), (*several, out, 3))
+        columns = grid_columns(weight.kind, weight.levels)
+        check_tensor("weight grid", weight.grid, torch.float32, (*several, 1, columns), (*several, out, columns))
         for name, value in epilogue._asdict().items():
             if value is not None:
                 check_tensor(name, value, torch.float32, *self._epilogue_shapes(name, out))
         self.weight_kind, self.weight_levels = int(weight.kind), int(weight.levels)
         self.activation_kind, self.activation_levels = -1, 0
         if activation is not None:
-            plane_count(activation.kind, activation.levels)
             several = () if widths is None else (len(widths.activation or ()),)
-            check_tensor("activation grid", activation.grid, torch.float32, (*several, 1, 3))
+            columns = grid_columns(activation.kind, activation.levels)
+            check_tensor("activation grid", activation.grid, torch.float32, (*several, 1, columns))
             self.activation_kind, self.activation_levels = int(activation.kind), int(activation.levels)
         self.folded: str | None = None
         self.weight_bits = bits

@@ -12,6 +12,7 @@ from torch import Tensor
 from ._dispatch import call
 from ._register import OpRules, rules
 from .fake_quantize import Kind
+from .learned_basis import learned_basis_encode
 
 WORD = 32
 
@@ -22,8 +23,13 @@ def plane_count(kind: int, levels: int) -> int:
     return 2 if kind == Kind.TERNARY else int(levels).bit_length()
 
 
+def digits_kind(kind: int) -> int:
+    """The kind whose codes have the same planes: a learned code is stored by its binary digits, as a uniform one is."""
+    return Kind.UNIFORM if kind == Kind.LEARNED else kind
+
+
 def encode(x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | None = None) -> Tensor:
-    """Codes of x.
+    """Codes of x. With ``Kind.LEARNED`` those of :func:`learned_basis_encode`.
 
     Args:
         x: any shape and memory layout; float32, float16 or bfloat16.
@@ -35,6 +41,8 @@ def encode(x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | None = N
     Raises:
         RuntimeError: naming the argument, what it must be and what it was.
     """
+    if kind == Kind.LEARNED:
+        return learned_basis_encode(x, grid, axis)
     return call("encode", x, grid, kind, levels, axis)
 
 
@@ -51,7 +59,7 @@ def pack_bitplanes(codes: Tensor, kind: int, levels: int) -> Tensor:
     Raises:
         RuntimeError: naming the argument, what it must be and what it was.
     """
-    return call("pack_bitplanes", codes, kind, levels)
+    return call("pack_bitplanes", codes, digits_kind(kind), levels)
 
 
 def unpack_bitplanes(planes: Tensor, kind: int, columns: int) -> Tensor:
@@ -68,7 +76,7 @@ def unpack_bitplanes(planes: Tensor, kind: int, columns: int) -> Tensor:
     Raises:
         RuntimeError: naming the argument, what it must be and what it was.
     """
-    return call("unpack_bitplanes", planes, kind, columns)
+    return call("unpack_bitplanes", planes, digits_kind(kind), columns)
 
 
 def quantize_pack(x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -85,6 +93,10 @@ def quantize_pack(x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | N
     Raises:
         RuntimeError: naming the argument, what it must be and what it was.
     """
+    if kind == Kind.LEARNED:
+        codes = learned_basis_encode(x, grid, axis)
+        ones = [((codes >> bit) & 1).sum(1, dtype=torch.int32) for bit in reversed(range(plane_count(kind, levels)))]
+        return pack_bitplanes(codes, kind, levels), torch.stack(ones)
     return call("quantize_pack", x, grid, kind, levels, axis)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ._dispatch import call
 from ._register import OpRules, rules
 from .matmul import INF, output_dtype
+from .terms import Operand, finish, is_learned, sum_of_products
 
 
 def pair(name: str, value: int | Sequence[int]) -> list[int]:
@@ -83,7 +85,17 @@ def lowbit_conv2d(
         RuntimeError: naming the argument, what it must be and what it was.
         ValueError: for a size argument of the wrong length.
     """
+    sizes = pair("kernel_size", kernel_size), pair("stride", stride), four_sides(padding), pair("dilation", dilation)
+    geometry: tuple[Any, ...] = (*sizes, groups)
     with torch.no_grad():
+        if is_learned(x_kind, w_kind, out_grid, out_kind):
+            y = sum_of_products(
+                Operand(x, x_grid, x_kind, x_levels),
+                Operand(planes, w_grid, w_kind, w_levels),
+                lambda a, w: lowbit_conv2d(*a, *w, *geometry, out_dtype=torch.float32),
+            )
+            dtype = output_dtype(x, out_grid, out_dtype)
+            return finish(y, 1, bias, scale, shift, lower, upper, out_grid, out_kind, out_levels, dtype)
         return call(
             "lowbit_conv2d",
             x,
@@ -94,11 +106,7 @@ def lowbit_conv2d(
             w_grid,
             w_kind,
             w_levels,
-            pair("kernel_size", kernel_size),
-            pair("stride", stride),
-            four_sides(padding),
-            pair("dilation", dilation),
-            groups,
+            *geometry,
             bias,
             scale,
             shift,

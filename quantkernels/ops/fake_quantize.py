@@ -19,6 +19,7 @@ class Kind(IntEnum):
     BINARY = 1
     TERNARY = 2
     IDENTITY = 3
+    LEARNED = 4  # its grid has n + 1 columns: offset, and the step of each bit; by codes only
 
 
 class Ste(IntEnum):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ._dispatch import call
 from ._register import OpRules, rules
+from .terms import Operand, finish, is_learned, sum_of_products
 
 INF = float("inf")
 
@@ -43,7 +44,9 @@ def lowbit_linear(
         x: [..., in_features]. float32, float16 or bfloat16 values, encoded by ``x_grid`` (NaN gives code 0); or uint8
             codes.
         x_grid: float32 [1, 3], the row (offset, step, threshold) of the activation's quantizer.
-        x_kind: 0 uniform, 1 binary, 2 ternary: a :class:`~quantkernels.ops.Kind`.
+        x_kind: 0 uniform, 1 binary, 2 ternary, 4 learned: a :class:`~quantkernels.ops.Kind`. A learned basis of n bits,
+            of grid [C, 1 + n], counts as the sum of n binary quantizers: the product is then the sum of those of all
+            pairs of planes, one call of the kernel each, and the epilogue follows in torch.
         x_levels: the highest code: 2^n - 1 for uniform with n from 1 to 8, 1 for binary, 2 for ternary.
         planes: int32 [bits, out_features, ceil(in_features / 32)], as ``pack_bitplanes`` makes them from the weight's
             codes.
@@ -63,6 +66,14 @@ def lowbit_linear(
         RuntimeError: naming the argument, what it must be and what it was.
     """
     with torch.no_grad():
+        if is_learned(x_kind, w_kind, out_grid, out_kind):
+            y = sum_of_products(
+                Operand(x, x_grid, x_kind, x_levels),
+                Operand(planes, w_grid, w_kind, w_levels),
+                lambda a, w: lowbit_linear(*a, *w, out_dtype=torch.float32),
+            )
+            dtype = output_dtype(x, out_grid, out_dtype)
+            return finish(y, -1, bias, scale, shift, lower, upper, out_grid, out_kind, out_levels, dtype)
         return call(
             "lowbit_linear",
             x,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .fake_quantize import Kind
+from .learned_basis import level_table
 
 
 def to_rows(x: Tensor, axis: int | None = None) -> Tensor:
@@ -37,13 +39,26 @@ def from_rows(rows: Tensor, shape: torch.Size, axis: int | None = None) -> Tenso
     return moved.movedim(0, first)
 
 
+def decode(codes: Tensor, grid: Tensor, kind: int, axis: int | None) -> Tensor:
+    """float32 values of uint8 codes: offset + step * code, or of a learned basis offset + sum_j step_j bit_j."""
+    shape = [1] * codes.dim()
+    if axis is not None:
+        shape[axis] = grid.shape[0]
+    if kind != Kind.LEARNED:
+        offset, step = grid[:, 0].reshape(shape), grid[:, 1].reshape(shape)
+        return offset + step * codes.float()
+    table = level_table(grid)
+    first = (torch.arange(table.shape[0], device=codes.device) * table.shape[1]).reshape(shape)
+    return table.reshape(-1)[first + codes]
+
+
 @dataclass(frozen=True)
 class BitPlanes:
     """The codes of a tensor, packed, and the grid that gives them values: x ~ offset + step * code.
 
     planes: int32 [bits, rows, words], most significant plane first (docs/formats.md). grid: float32 [1, 3] or [rows,
-    3]. kind, levels: as the ops take them. shape, dtype: of the tensor that was encoded. axis: the dimension of the
-    rows, None for one grid a tensor (its rows are dimension 0).
+    3], of a learned basis [1, 1 + bits] or [rows, 1 + bits]. kind, levels: as the ops take them. shape, dtype: of the
+    tensor that was encoded. axis: the dimension of the rows, None for one grid a tensor (its rows are dimension 0).
     """
 
     planes: Tensor
@@ -78,9 +93,4 @@ class BitPlanes:
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """offset + step * code in the tensor's shape: float32 arithmetic, one rounding to dtype (default: as
         encoded)."""
-        codes = self.codes()
-        shape = [1] * codes.dim()
-        if self.axis is not None:
-            shape[self.axis] = self.grid.shape[0]
-        offset, step = self.grid[:, 0].reshape(shape), self.grid[:, 1].reshape(shape)
-        return (offset + step * codes.float()).to(dtype or self.dtype)
+        return decode(self.codes(), self.grid, self.kind, self.axis).to(dtype or self.dtype)

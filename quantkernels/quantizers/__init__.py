@@ -11,6 +11,7 @@ from .dorefa import CentredDoReFa, DoReFa, ModifiedDoReFa, NestedDoReFa
 from .fixed import Fixed
 from .hwgq import HWGQ
 from .identity import Identity
+from .learned_basis import LearnedBasis
 from .lsq import LSQ
 from .minmax import MinMax
 from .mixture import Mixture
@@ -32,6 +33,7 @@ __all__ = [
     "DoReFa",
     "Fixed",
     "Identity",
+    "LearnedBasis",
     "MinMax",
     "Mixture",
     "ModifiedDoReFa",

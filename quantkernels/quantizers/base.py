@@ -107,6 +107,9 @@ class Quantizer(nn.Module):
         self.running_grid = torch.full((1, 3), float("nan"))
         return self
 
+    def bind(self, x: Tensor) -> None:
+        """A layer shows its weight, so that a quantizer with something for each channel knows how many there are."""
+
     def updates(self, x: Tensor) -> bool:
         """Whether a forward of x now would update the running average."""
         return self.training and x.numel() > 0 and not in_backward()

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..ops import Kind, Ste
+from ..ops.planes import decode
 from .base import Quantizer
 
 
 class Fixed(Quantizer):
-    """Quantizes with the grid it was given, float32 [C, 3]. Identity STE.
+    """Quantizes with the grid it was given, float32 [C, 3]. Identity STE; a learned basis ([C, 1 + bits])
+    passes no gradient.
 
     kind, levels: as the ops take them; bits: how many planes a code has. axis: None or the channel dimension.
     widths: bit-widths, highest first, of uniform grids [len(widths), C, 3]; `set_bits` chooses one. levels is then that
@@ -29,6 +32,13 @@ class Fixed(Quantizer):
         super().__init__(bits, int(kind), levels, Ste.IDENTITY, axis)
         self.widths = None if widths is None else list(widths)
         self.register_buffer("constant", grid.detach().to(torch.float32).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """q in the shape and dtype of x."""
+        if self.kind != Kind.LEARNED:
+            return super().forward(x)
+        codes = ops.encode(x, self.constant, self.kind, self.levels, self.axis)
+        return decode(codes, self.constant, self.kind, self.axis).to(x.dtype)
 
     def batch_grid(self, x: Tensor, stats: Tensor | None) -> Tensor:
         """The grid."""

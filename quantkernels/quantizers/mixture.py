@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import Kind
 from ..ops.planes import BitPlanes
 from .base import Quantizer
 from .identity import Identity
@@ -57,6 +58,8 @@ class Mixture(Quantizer):
         for q in members:
             if not isinstance(q, Quantizer) or isinstance(q, Mixture):
                 raise TypeError(f"{name}: members must be plain quantizers, got {type(q).__name__}")
+            if q.kind == Kind.LEARNED:
+                raise TypeError(f"{name}: members must have equal steps or thresholds, got {type(q).__name__}")
             if q.transforms:
                 raise ValueError(
                     f"{name}: members must quantize one and the same tensor, got {type(q).__name__}, which transforms "

@@ -18,6 +18,7 @@ MAKERS = {
     "modified": lambda bits, axis: qk.ModifiedDoReFa(bits),
     "centred": lambda bits, axis: qk.CentredDoReFa(bits, rescale=True),
     "pact": lambda bits, axis: qk.PACT(bits, alpha=1.5),
+    "learned": lambda bits, axis: qk.LearnedBasis(bits, axis=axis),
     "attention": lambda bits, axis: qk.Attention([qk.MinMax(bits, axis), qk.TWN(axis), qk.BWN(axis)]).select(1),
     "relax": lambda bits, axis: qk.BinaryRelax([qk.SAWB(bits, axis)]).select(),
 }
