@@ -247,6 +247,34 @@ def figure_bits(bits: Mapping[str, tuple[float, float]]) -> Figure:
     return figure
 
 
+# Figure I of LQ-Nets: values and levels
+
+
+def figure_levels(layers: Mapping[str, Mapping[str, Mapping]]) -> Figure:
+    """Figure I of the LQ-Nets paper: a row a tensor, left its values, right how they are spread over the levels.
+
+    layers: layer -> {"weight": h, "activation": h} as `training.algorithms.lqnets.histograms` makes them. The levels
+    are marked by diamonds on the left.
+    """
+    tensors = [(f"{layer}, {role}", h) for layer, roles in layers.items() for role, h in roles.items()]
+    if not tensors:
+        raise ValueError("layers must hold at least one histogram, got none")
+    figure = _figure(8.4, 2.3 * len(tensors))
+    panels = figure.subplots(len(tensors), 2, squeeze=False)
+    for (before, after), (name, h) in zip(panels, tensors, strict=True):
+        edges = np.linspace(h["low"], h["high"], len(h["counts"]) + 1)
+        shares = np.asarray(h["counts"]) / max(sum(h["counts"]), 1)
+        before.stairs(shares, edges, fill=True, color=COLORS[0], alpha=0.6)
+        before.plot(h["levels"], np.zeros(len(h["levels"])), "D", color=COLORS[4], clip_on=False, markersize=5)
+        _tidy(before, "value", "share", f"{name}: before")
+        gaps = np.diff(h["levels"])
+        width = 0.6 * float(gaps.min()) if len(gaps) else 1.0
+        after.bar(h["levels"], h["shares"], width=width, color=COLORS[0], alpha=0.6)
+        after.plot(h["levels"], np.zeros(len(h["levels"])), "D", color=COLORS[4], clip_on=False, markersize=5)
+        _tidy(after, "level", "share", "quantized")
+    return figure
+
+
 # Learning curves
 
 

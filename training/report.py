@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from training.algorithms.base import build_quantizer
 from training.algorithms.dqa import CONVERGED
 from training.config import ConfigError
-from training.plots import figure_attention, figure_bits, figure_learning_curves
+from training.plots import figure_attention, figure_bits, figure_learning_curves, figure_levels
 from training.run_folder import flatten
 from training.run_reader import Run, group_by_settings, read_run
 
@@ -60,6 +60,7 @@ def write_report(
     ]
     parts += [_section(heading, table_html(*table)) for heading, table in (tables or {}).items()]
     parts += [_section("Learning curves", *_learning_curves(groups)), _attention_section(groups), _bits_section(groups)]
+    parts.append(_levels_section(groups))
     if figures:
         parts.append(_section("Figures", *(figure_html(f, caption) for caption, f in figures.items())))
     parts.append(_section("Settings", *(_settings(name, group[0]) for name, group in groups.items())))
@@ -195,6 +196,18 @@ def _teachers(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     if not rows:
         return []
     return ["<p>How often each bit-width was taught by which:</p>", table_html(["run", "bits", "taught"], rows)]
+
+
+def _levels_section(groups: Mapping[str, Sequence[Run]]) -> str:
+    parts = []
+    for name, group in groups.items():
+        layers = next((found for run in group if (found := run.histograms())), None)
+        if layers:
+            caption = (
+                f"{name}: weights of one output channel and activations, before and after quantization, and levels"
+            )
+            parts.append(figure_html(figure_levels(layers), caption))
+    return _section("Learned levels", *parts) if parts else ""
 
 
 def _attention_section(groups: Mapping[str, Sequence[Run]]) -> str:

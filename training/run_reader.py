@@ -63,6 +63,10 @@ class Run:
         points = [(line["epoch"], line[key]) for line in self.epochs if isinstance(line.get(key), int | float)]
         return [epoch for epoch, _ in points], [value for _, value in points]
 
+    def histograms(self) -> dict[str, Any]:
+        """Layer -> histograms of its weight and activation at the end, of LQ-Nets runs."""
+        return ((self.final or {}).get("algorithm") or {}).get("histograms", {})
+
     def attention(self) -> dict[str, tuple[list[int], list[list[float]]]]:
         """Path of a mixture -> (epochs, attention [E][K]), of DQA runs."""
         found: dict[str, tuple[list[int], list[list[float]]]] = {}

@@ -27,6 +27,7 @@ ALGORITHMS = {
     "switchable_bn": "training.algorithms.adaptive",
     "adabits": "training.algorithms.adaptive",
     "coquant": "training.algorithms.coquant",
+    "lqnets": "training.algorithms.lqnets",
 }
 _REGISTRY: dict[str, type[Algorithm]] = {}
 
@@ -131,7 +132,8 @@ def build_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
 
 
 QUANTIZERS = (
-    "MinMax", "SAWB", "PACT", "BWN", "TWN", "LSQ", "HWGQ", "DoReFa", "ModifiedDoReFa", "CentredDoReFa", "Identity",
+    "MinMax", "SAWB", "PACT", "BWN", "TWN", "LSQ", "HWGQ", "DoReFa", "ModifiedDoReFa", "CentredDoReFa",
+    "LearnedBasis", "Identity",
 )  # fmt: skip
 
 
