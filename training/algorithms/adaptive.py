@@ -107,7 +107,8 @@ class SwitchableBN(Algorithm):
         for key, value in self.own.items():
             rule = value is None or (isinstance(value, int | float) and value >= 0)
             require(rule, f"algorithm.quantizer_{key}", "0 or a positive number", value)
-        self._settings(False), self._settings(True)
+        for linear in (False, True):  # so that what is wrong with the quantizers is said at once
+            self._settings(linear)
 
     @property
     def widths(self) -> list[int]:

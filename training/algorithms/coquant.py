@@ -175,14 +175,15 @@ class CoQuant(SwitchableBN):
         losses: list[torch.Tensor] = []
         for student, bits in enumerate(self.bits):
             qk.set_bits(network, bits)
-            if student:
-                choice = self._choose(student, logits, targets, apart)
-                self._lend(student, choice)
-                teacher = torch.stack(logits).index_select(0, choice.reshape(1))[0]
+            if student == 0:
+                logits.append(network(inputs).float())
+                losses.append(criterion(logits[0], targets))
+                continue
+            choice = self._choose(student, logits, targets, apart)
+            teacher = torch.stack(logits).index_select(0, choice.reshape(1))[0]
+            self._lend(student, choice)
             logits.append(network(inputs).float())
-            losses.append(criterion(logits[-1], targets))
-            if student:
-                losses.append(distillation(logits[-1], teacher))
+            losses += [criterion(logits[-1], targets), distillation(logits[-1], teacher)]
         return torch.stack(losses).sum(), logits[0]
 
     @property
@@ -190,19 +191,25 @@ class CoQuant(SwitchableBN):
         """Whether some student has several teachers, and their distance counts."""
         return self.teacher == "dynamic" and self.distance > 0 and len(self.bits) > 2
 
+    def _known(self, student: int) -> int | None:
+        """Index in `bits` of a teacher that does not depend on the batch; None for one that is chosen."""
+        if self.teacher == "recursive":
+            return student - 1
+        return 0 if self.teacher == "fixed" or student == 1 else None
+
     @torch.no_grad()
     def _choose(
         self, student: int, logits: list[torch.Tensor], targets: torch.Tensor, apart: torch.Tensor | None
     ) -> torch.Tensor:
         """Index of the teacher in `bits`, int64 0-d on the device; counts it."""
-        if self.teacher == "dynamic" and student > 1:
+        known = self._known(student)
+        if known is None:
             scores = torch.stack([self.confidence(outputs, targets) for outputs in logits])
             scores = reduce(scores, "mean")  # every process has the same share of the batch
             choice = (scores if apart is None else scores + self.distance * apart[student, :student]).argmin()
         else:
             # torch.full fills on the device, where a tensor of a Python number would be copied there
-            index = student - 1 if self.teacher == "recursive" else 0
-            choice = torch.full((), index, dtype=torch.int64, device=targets.device)
+            choice = torch.full((), known, dtype=torch.int64, device=targets.device)
         self.choices[student] += torch.arange(len(self.bits), device=choice.device) == choice
         return choice
 
@@ -211,11 +218,9 @@ class CoQuant(SwitchableBN):
         lent = [block for block, swapped in zip(self.blocks, self.lent[student], strict=True) if swapped]
         if not lent:
             return
-        if self.teacher == "dynamic" and student > 1:
-            # Which kernels come next depends on the choice: the one place where the host must wait for it.
-            teacher = int(choice)
-        else:
-            teacher = student - 1 if self.teacher == "recursive" else 0
+        known = self._known(student)
+        # Which kernels come next depends on the choice: the one place where the host must wait for it.
+        teacher = int(choice) if known is None else known
         for block in lent:
             qk.set_bits(block, self.bits[teacher])
 
