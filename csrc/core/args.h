@@ -21,9 +21,27 @@ struct Layout {
 struct StatsArgs {
   Layout layout;
   DType dtype;
-  const void* x;  // [outer, channels, inner]
-  float* stats;   // [channels, 4]: min, max, sum |x|, sum x^2
+  const void* x;                   // [outer, channels, inner]
+  float* stats;                    // [channels, 4]: min, max, sum |x|, sum x^2; null: the grids are wanted
+  int64_t count;                   // K widths of a min-max quantizer
+  int64_t levels[kMaxQuantizers];  // [K]
+  float* grids;                    // [K, channels, 3]
 };
+
+// What is wanted of a channel's statistics (min, max, sum |x|, sum x^2).
+QK_HOST_DEVICE void finish_stats(const StatsArgs& args, int64_t channel, const float* stats) {
+  if (args.stats)
+    for (int s = 0; s < 4; ++s) args.stats[channel * 4 + s] = stats[s];
+  if (!args.grids) return;
+  for (int k = 0; k < kMaxQuantizers; ++k) {
+    if (k >= args.count) break;
+    const Grid grid = minmax_grid(stats[0], stats[1], args.levels[k]);
+    float* const row = args.grids + (k * args.layout.channels + channel) * kGridColumns;
+    row[0] = grid.offset;
+    row[1] = grid.step;
+    row[2] = grid.threshold;
+  }
+}
 
 struct ConditionalMeanArgs {
   Layout layout;
@@ -53,7 +71,7 @@ struct FakeQuantizeArgs {
   const void* x;      // [outer, channels, inner]
   const void* grad;   // like x; backward only
   void* out;          // like x: q, or grad_x in the backward pass
-  float* sums;        // [channels, 3]: below, above, inside; backward only
+  float* sums;        // [channels, 3]: below, above, inside; backward only, null where they are not wanted
 };
 
 struct AttentionArgs {

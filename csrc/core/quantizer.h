@@ -42,6 +42,11 @@ QK_HOST_DEVICE float inverse_step(float step) {
   return step > 0.0f && inverse <= 3.402823466e38f ? inverse : 0.0f;
 }
 
+// Levels from the smallest to the largest value (DQA, equations 9 to 11). It has no threshold.
+QK_HOST_DEVICE Grid minmax_grid(float low, float high, int64_t levels) {
+  return {low, (high - low) / static_cast<float>(levels), 0.0f};
+}
+
 // NaN passes both comparisons unchanged, so a NaN in x stays visible in q.
 QK_HOST_DEVICE float clamp_code(float v, float levels) {
   v = v < 0.0f ? 0.0f : v;

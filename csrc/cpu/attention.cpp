@@ -11,7 +11,7 @@ namespace {
 
 // What the members have in common, from the most to the least. It decides nothing but speed.
 enum class Mix {
-  kSharedOffset,  // uniform, with one offset: min-max of one tensor at several widths
+  kSharedRange,  // uniform, on one range: min-max of one tensor at several widths
   kUniform,
   kAny,
 };
@@ -19,14 +19,14 @@ enum class Mix {
 // Fields of the ChannelTable: base, then four a quantizer.
 inline constexpr int kFields = 4;
 
-// kCount quantizers; 0: any number up to kMaxQuantizers, told at run time. kFloored: nobody asks for a position below zero.
-// Clamping there commutes with the multiplication by an inverse step that is positive, so members with one offset share it.
-template <Mix kMix, int kCount, bool kFloored>
+// kCount quantizers; 0: any number up to kMaxQuantizers, told at run time. kClamped: nobody asks for a position out of
+// range. Clamping commutes with the multiplication by an inverse step that is positive, so members on one range share it.
+template <Mix kMix, int kCount, bool kClamped>
 struct Members {
   static constexpr int kSize = kCount ? kCount : kMaxQuantizers;
   struct Params {
     Vec base;
-    Vec offset[kSize], inverse[kSize], weight[kSize], threshold[kSize];
+    Vec offset[kSize], inverse[kSize], weight[kSize], bound[kSize];
   };
 
   explicit Members(const AttentionArgs& args) : count_(args.count) {
@@ -47,28 +47,29 @@ struct Members {
       p.offset[k] = field(1 + kFields * k);
       p.inverse[k] = field(2 + kFields * k);
       p.weight[k] = field(3 + kFields * k);
-      p.threshold[k] = field(4 + kFields * k);
+      p.bound[k] = field(4 + kFields * k);
     }
     return p;
   }
 
   static Vec shared(Vec x, const Params& p) {
-    if constexpr (kMix != Mix::kSharedOffset) return x;
-    return kFloored ? max(splat(0.0f), x - p.offset[0]) : x - p.offset[0];
+    if constexpr (kMix != Mix::kSharedRange) return x;
+    const Vec distance = x - p.offset[0];
+    return kClamped ? min(p.bound[0], max(splat(0.0f), distance)) : distance;
   }
 
   // Of a uniform member.
   Vec position(int k, Vec shared, const Params& p) const {
-    return (kMix == Mix::kSharedOffset ? shared : shared - p.offset[k]) * p.inverse[k];
+    return (kMix == Mix::kSharedRange ? shared : shared - p.offset[k]) * p.inverse[k];
   }
 
   // Code of x at its position; of an identity member x itself.
   Vec code(int k, Vec x, Vec shared, const Params& p) const {
     if (kMix != Mix::kAny || kinds[k] == Kind::kUniform) {
       const Vec at = position(k, shared, p);
-      return round_to_even(kMix == Mix::kSharedOffset && kFloored ? min(levels[k], at) : clamp_code(at, levels[k]));
+      return round_to_even(kMix == Mix::kSharedRange && kClamped ? at : clamp_code(at, levels[k]));
     }
-    return kinds[k] == Kind::kBinary ? binary_code(x) : kinds[k] == Kind::kTernary ? ternary_code(x, p.threshold[k]) : x;
+    return kinds[k] == Kind::kBinary ? binary_code(x) : kinds[k] == Kind::kTernary ? ternary_code(x, p.bound[k]) : x;
   }
 
   Kind kinds[kSize];
@@ -153,6 +154,17 @@ const float* grid_row(const AttentionArgs& args, int64_t k, int64_t c) {
   return args.grids + (k * args.layout.channels + c) * kGridColumns;
 }
 
+float range_of(const AttentionArgs& args, int64_t k, int64_t c) {
+  return grid_row(args, k, c)[1] * static_cast<float>(args.levels[k]);
+}
+
+// Whether the end of member 0's range is that of member k's, to well within half of its step.
+bool shares_range(const AttentionArgs& args, int64_t k, int64_t c) {
+  const float inverse = inverse_step(grid_row(args, k, c)[1]);
+  const float end = range_of(args, 0, c) * inverse - static_cast<float>(args.levels[k]);
+  return grid_row(args, k, c)[0] == grid_row(args, 0, c)[0] && inverse > 0.0f && std::abs(end) < 0.25f;
+}
+
 ChannelTable members_table(const AttentionArgs& args, const Walk& walk) {
   const int fields = 1 + kFields * static_cast<int>(args.count);
   return ChannelTable(args.layout, walk, fields, [&](int64_t c, float* values) {
@@ -165,7 +177,7 @@ ChannelTable members_table(const AttentionArgs& args, const Walk& walk) {
       mine[0] = row[0];
       mine[1] = inverse_step(row[1]);
       mine[2] = identity ? args.attention[k] : args.attention[k] * row[1];
-      mine[3] = row[2];
+      mine[3] = args.kinds[k] == Kind::kUniform ? range_of(args, k, c) : row[2];
     }
   });
 }
@@ -174,10 +186,9 @@ Mix mix_of(const AttentionArgs& args) {
   bool shared = true;
   for (int64_t k = 0; k < args.count; ++k) {
     if (args.kinds[k] != Kind::kUniform) return Mix::kAny;
-    for (int64_t c = 0; c < args.layout.channels && shared; ++c)
-      shared = grid_row(args, k, c)[0] == grid_row(args, 0, c)[0] && inverse_step(grid_row(args, k, c)[1]) > 0.0f;
+    for (int64_t c = 0; c < args.layout.channels && shared; ++c) shared = shares_range(args, k, c);
   }
-  return shared ? Mix::kSharedOffset : Mix::kUniform;
+  return shared ? Mix::kSharedRange : Mix::kUniform;
 }
 
 // Calls f.template operator()<mix, count>(); counts that the papers use are unrolled.
@@ -194,8 +205,8 @@ void with_members(const AttentionArgs& args, const F& f) {
     }
   };
   switch (mix_of(args)) {
-    case Mix::kSharedOffset:
-      return with_count.template operator()<Mix::kSharedOffset>();
+    case Mix::kSharedRange:
+      return with_count.template operator()<Mix::kSharedRange>();
     case Mix::kUniform:
       return with_count.template operator()<Mix::kUniform>();
     case Mix::kAny:

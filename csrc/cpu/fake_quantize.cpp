@@ -21,13 +21,14 @@ struct Forward {
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
-    out.put(i, grid.offset + grid.step * code_of<kKind>(load(x + i, lanes), grid, levels), lanes);
+    const Vec value = load(x + i, lanes);
+    out.put(i, grid.offset + grid.step * code_of<kKind>(value, grid, levels), lanes);
   }
 };
 
-template <Ste kSte, class T>
+template <Ste kSte, bool kAdds, class T>
 struct Backward {
-  static constexpr int kSums = kSte == Ste::kFull ? 3 : kSte == Ste::kClip ? 2 : 0;  // below, above, inside
+  static constexpr int kSums = !kAdds ? 0 : kSte == Ste::kFull ? 3 : kSte == Ste::kClip ? 2 : 0;  // below, above, inside
   const T* grad;
   const T* x;
   Results<T> out;
@@ -43,9 +44,11 @@ struct Backward {
     const Vec g = load(grad + i, lanes), zero = splat(0.0f);
     if constexpr (kSte == Ste::kIdentity) return out.put(i, g, lanes);
     const Vec position = position_of(load(x + i, lanes), grid);
-    sums[0] = add_where(sums[0], less(position, zero), g);
-    sums[1] = add_where(sums[1], less_equal(levels, position), g);
-    if constexpr (kSte == Ste::kFull) {
+    if constexpr (kSums >= 2) {
+      sums[0] = add_where(sums[0], less(position, zero), g);
+      sums[1] = add_where(sums[1], less_equal(levels, position), g);
+    }
+    if constexpr (kSums == 3) {
       // Outside the range the clamped position is a whole number, so this term vanishes there by itself.
       const Vec clamped = clamp_code(position, levels);
       sums[2] = multiply_add(g, round_to_even(clamped) - clamped, sums[2]);
@@ -73,15 +76,17 @@ void fake_quantize_backward(const FakeQuantizeArgs& args) {
   const ChannelTable table = grid_table(args.layout, walk, args.grid);
   const Vec levels = splat(static_cast<float>(args.levels));
   with_type(args.dtype, [&]<class T>(T*) {
-    const auto run = [&]<Ste kSte>() {
-      using Op = Backward<kSte, T>;
+    const auto run = [&]<Ste kSte, bool kAdds = true>() {
+      using Op = Backward<kSte, kAdds, T>;
       const std::vector<double> totals = traverse(args.layout, walk, table,
                                                   Op{static_cast<const T*>(args.grad), static_cast<const T*>(args.x),
                                                      Results<T>(args.out, args.layout, walk), levels});
+      if (!args.sums) return;
       for (int64_t c = 0; c < args.layout.channels; ++c)
         for (int s = 0; s < 3; ++s)
           args.sums[c * 3 + s] = s < Op::kSums ? static_cast<float>(totals[s * args.layout.channels + c]) : 0.0f;
     };
+    if (!args.sums && args.ste != Ste::kIdentity) return run.template operator()<Ste::kClip, false>();
     switch (args.ste) {
       case Ste::kIdentity:
         return run.template operator()<Ste::kIdentity>();

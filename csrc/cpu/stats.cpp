@@ -93,8 +93,10 @@ void channel_stats(const StatsArgs& args) {
     for (int64_t c = 0; c < channels; ++c) {
       // The minima and maxima of vectors pass over NaN; sum |x| is NaN exactly where there is one.
       const bool nan = std::isnan(totals[2 * channels + c]);
+      float stats[4];
       for (int s = 0; s < 4; ++s)
-        args.stats[c * 4 + s] = static_cast<float>(nan && s < 2 ? totals[2 * channels + c] : totals[s * channels + c]);
+        stats[s] = static_cast<float>(nan && s < 2 ? totals[2 * channels + c] : totals[s * channels + c]);
+      finish_stats(args, c, stats);
     }
   });
 }

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -27,8 +28,8 @@ inline constexpr int64_t kMinRun = 32;            // shorter runs go by columns,
 inline constexpr int64_t kMinRows = 8;            // unless too few rows share the tables: then a run of
 inline constexpr int64_t kShortRun = 4;           // this length is better off with a partial vector
 inline constexpr int64_t kPiece = 1 << 14;        // elements a task takes at a time: its tensors stay in L2
-inline constexpr int64_t kRowBlock = 4;           // rows that share one load of the column tables
-inline constexpr int64_t kMaxBlocks = 64;         // column blocks of a reduction, each with partial sums of its own
+inline constexpr int64_t kStripRows = 64;         // columns: rows that are walked with parameters in registers
+inline constexpr int64_t kMaxBlocks = 16;         // column blocks of a reduction, each with partial sums of its own
 inline constexpr int64_t kMaxBlockRows = 4096;    // so that a float32 partial sum stays accurate
 inline constexpr int64_t kStreamBytes = 8 << 20;  // results of this size leave the caches before they are read again
 
@@ -53,8 +54,8 @@ inline Walk walk_of(const Layout& layout) {
   // A short row is repeated until it fills whole vectors, so that no row ends in a partial one.
   walk.period = row >= kPiece / 64 ? row : row * (kLanes / std::gcd<int64_t>(row, kLanes));
   walk.rows = (layout.numel() + walk.period - 1) / walk.period;
-  const int64_t enough = std::max(kPiece / walk.period, std::min(walk.rows / kMaxBlocks, kMaxBlockRows));
-  walk.piece = std::max<int64_t>(1, enough / kRowBlock) * kRowBlock;
+  const int64_t enough = std::max(4 * kPiece / walk.period, std::min(walk.rows / kMaxBlocks, kMaxBlockRows));
+  walk.piece = std::max<int64_t>(1, enough);
   walk.pieces = (walk.rows + walk.piece - 1) / walk.piece;
   return walk;
 }
@@ -208,44 +209,76 @@ void traverse_runs(const Layout& layout, const Walk& walk, const ChannelTable& t
   }
 }
 
-// totals of one accumulator, [channels], from those of each column in each block, `block_stride` apart. No division and no
-// choice inside: this runs on one thread.
-template <Combine kHow>
-inline void combine_columns(const Layout& layout, const Walk& walk, const float* partial, int64_t block_stride,
-                            double* totals) {
-  std::vector<double> columns(partial, partial + walk.period);
-  for (int64_t block = 1; block < walk.pieces; ++block)
-    for (int64_t column = 0; column < walk.period; ++column)
-      columns[column] = merge(kHow, columns[column], partial[block * block_stride + column]);
+// The accumulators of the columns, kSums vectors for each vector of columns. Not an array each: rows and arrays that advance
+// alike, a power of two apart, disturb each other in the cache.
+template <class Op>
+class ColumnSums {
+ public:
+  explicit ColumnSums(float* values) : values_(values) {}
+  static int64_t size(const Walk& walk) { return (walk.period + kLanes - 1) / kLanes * kLanes * Op::kSums; }
+
+  void load_from(int64_t column, Vec* sums) const {
+    unrolled<Op::kSums>([&](int s) { sums[s] = load(values_ + column * Op::kSums + s * kLanes); });
+  }
+  void store_to(int64_t column, const Vec* sums) const {
+    unrolled<Op::kSums>([&](int s) { store(values_ + column * Op::kSums + s * kLanes, sums[s]); });
+  }
+
+ private:
+  float* values_;
+};
+
+// Accumulator s of every column, [stride], from all blocks. A vector of columns at a time: this runs on one thread.
+template <class Op, Combine kHow>
+inline void combine_blocks(const Walk& walk, const float* partial, int s, double* columns) {
+  const int64_t size = ColumnSums<Op>::size(walk);
+  for (int64_t column = 0; column < walk.period; column += kLanes) {
+    const float* from = partial + column * Op::kSums + s * kLanes;
+    double total[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) total[lane] = from[lane];
+    for (int64_t block = 1; block < walk.pieces; ++block)
+      for (int lane = 0; lane < kLanes; ++lane) total[lane] = merge(kHow, total[lane], from[block * size + lane]);
+    std::copy_n(total, kLanes, columns + column);
+  }
+}
+
+// totals of one accumulator, [channels], of which several columns may be one.
+template <class Op, Combine kHow>
+inline void combine_columns(const Layout& layout, const Walk& walk, const float* partial, int s, double* totals) {
+  std::vector<double> columns(ColumnSums<Op>::size(walk) / Op::kSums);
+  combine_blocks<Op, kHow>(walk, partial, s, columns.data());
   for (int64_t column = 0; column < walk.period;)
     for (int64_t c = 0; c < layout.channels; ++c)
       for (int64_t i = 0; i < layout.inner; ++i) totals[c] = merge(kHow, totals[c], columns[column++]);
 }
 
-// kRows whole rows from `row` on, the columns [0, end) in whole vectors: one load of parameters and accumulators serves them
-// all. Few rows, because of the caches: rows often lie a power of two apart.
-template <int kRows, class Op>
-inline void run_rows(const Walk& walk, const ChannelTable& table, const Op& op, int64_t row, int64_t end, float* partial,
-                     int64_t stride) {
-  for (int64_t column = 0; column < end; column += kLanes) {
-    const auto params = op.params([&](int field) { return table.of_columns(field, column); });
-    Vec sums[Op::kSums + 1];
-    unrolled<Op::kSums>([&](int s) { sums[s] = load(partial + s * stride + column); });
+// kWidth vectors of columns in the rows [row, last_row): their parameters and accumulators stay in registers.
+template <int kWidth, class Op>
+inline void run_strip(const Walk& walk, const ChannelTable& table, const Op& op, int64_t row, int64_t last_row,
+                      int64_t column, ColumnSums<Op> partial) {
+  decltype(op.params([&](int field) { return table.of_columns(field, column); })) params[kWidth];
+  Vec sums[kWidth][Op::kSums + 1];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) op((row + r) * walk.period + column, Whole{}, params, sums);
-    unrolled<Op::kSums>([&](int s) { store(partial + s * stride + column, sums[s]); });
+  for (int w = 0; w < kWidth; ++w) {
+    params[w] = op.params([&](int field) { return table.of_columns(field, column + w * kLanes); });
+    partial.load_from(column + w * kLanes, sums[w]);
   }
+  for (int64_t i = row * walk.period + column; row < last_row; ++row, i += walk.period)
+#pragma GCC unroll 8
+    for (int w = 0; w < kWidth; ++w) op(i + w * kLanes, Whole{}, params[w], sums[w]);
+#pragma GCC unroll 8
+  for (int w = 0; w < kWidth; ++w) partial.store_to(column + w * kLanes, sums[w]);
 }
 
 // The columns from `first_column` on, whatever their number, of rows that need not be whole.
 template <class Op>
 inline void run_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t first_row,
-                        int64_t last_row, int64_t first_column, float* partial, int64_t stride) {
+                        int64_t last_row, int64_t first_column, ColumnSums<Op> partial) {
   for (int64_t column = first_column; column < walk.period; column += kLanes) {
     const auto params = op.params([&](int field) { return table.of_columns(field, column); });
     const int64_t width = std::min<int64_t>(kLanes, walk.period - column);
     Vec sums[Op::kSums + 1];
-    unrolled<Op::kSums>([&](int s) { sums[s] = load(partial + s * stride + column); });
+    partial.load_from(column, sums);
     for (int64_t row = first_row; row < last_row; ++row) {
       const int64_t i = row * walk.period + column, n = std::min(width, layout.numel() - i);
       if (n == kLanes) {
@@ -254,44 +287,56 @@ inline void run_columns(const Layout& layout, const Walk& walk, const ChannelTab
         apply_first(op, i, static_cast<int>(n), params, sums);
       }
     }
-    unrolled<Op::kSums>([&](int s) { store(partial + s * stride + column, sums[s]); });
+    partial.store_to(column, sums);
   }
 }
 
-// partial: [kSums][stride], a column each.
+// Vectors of columns that are walked together: as many as leave their parameters, of which an op uses about half, and
+// accumulators in registers.
+template <class Op, class Params>
+constexpr int strip_width() {
+  constexpr int kEach = Op::kSums + static_cast<int>(sizeof(Params) / sizeof(Vec) / 2), kSpare = kRegisters * 3 / 4;
+  return 4 * kEach <= kSpare ? 4 : 2 * kEach <= kSpare ? 2 : 1;
+}
+
 template <class Op>
 inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t first_row,
-                      int64_t last_row, float* partial, int64_t stride) {
+                      int64_t last_row, ColumnSums<Op> partial) {
+  using Params = decltype(op.params([&](int field) { return table.of_columns(field, 0); }));
+  constexpr int kWidth = strip_width<Op, Params>();
   Vec empty[Op::kSums + 1];
   reset_sums<Op>(empty);
-  for (int64_t column = 0; column < walk.period; column += kLanes)
-    unrolled<Op::kSums>([&](int s) { store(partial + s * stride + column, empty[s]); });
+  for (int64_t column = 0; column < walk.period; column += kLanes) partial.store_to(column, empty);
   const int64_t numel = layout.numel(), whole = walk.period / kLanes * kLanes;
   const int64_t whole_rows = std::min(last_row, numel / walk.period);
   int64_t row = first_row;
-  for (; row + kRowBlock <= whole_rows; row += kRowBlock) {
-    run_rows<kRowBlock>(walk, table, op, row, whole, partial, stride);
-    if (whole < walk.period) run_columns(layout, walk, table, op, row, row + kRowBlock, whole, partial, stride);
+  for (int64_t end; row < whole_rows; row = end) {
+    end = std::min(row + kStripRows, whole_rows);
+    int64_t column = 0;
+    for (; column + kWidth * kLanes <= whole; column += kWidth * kLanes)
+      run_strip<kWidth>(walk, table, op, row, end, column, partial);
+    for (; column < whole; column += kLanes) run_strip<1>(walk, table, op, row, end, column, partial);
+    if (whole < walk.period) run_columns(layout, walk, table, op, row, end, whole, partial);
   }
-  if (row < last_row) run_columns(layout, walk, table, op, row, last_row, 0, partial, stride);
+  if (row < last_row) run_columns(layout, walk, table, op, row, last_row, 0, partial);
 }
 
 template <class Op>
 void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, double* totals) {
-  const int64_t stride = (walk.period + kLanes - 1) / kLanes * kLanes;
-  std::vector<float> partial(walk.pieces * Op::kSums * stride);  // [block][s][column]
+  const int64_t size = ColumnSums<Op>::size(walk);
+  const auto partial = std::make_unique_for_overwrite<float[]>(walk.pieces * size);
   parallel_for(walk.pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       run_block(layout, walk, table, op, block * walk.piece, std::min((block + 1) * walk.piece, walk.rows),
-                partial.data() + block * Op::kSums * stride, stride);
+                ColumnSums<Op>(partial.get() + block * size));
     finish_streams();
   });
   for (int s = 0; s < Op::kSums; ++s) {
     const Combine how = combine_of<Op>(s);
-    const auto combine = how == Combine::kSum   ? combine_columns<Combine::kSum>
-                         : how == Combine::kMin ? combine_columns<Combine::kMin>
-                                                : combine_columns<Combine::kMax>;
-    combine(layout, walk, partial.data() + s * stride, Op::kSums * stride, totals + s * layout.channels);
+    const auto combine = how == Combine::kSum   ? combine_columns<Op, Combine::kSum>
+                         : how == Combine::kMin ? combine_columns<Op, Combine::kMin>
+                                                : combine_columns<Op, Combine::kMax>;
+    combine(layout, walk, partial.get(), s, totals + s * layout.channels);
   }
 }
 

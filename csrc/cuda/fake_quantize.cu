@@ -17,6 +17,13 @@ void fake_quantize_forward(const FakeQuantizeArgs& args, const Context& context)
 
 void fake_quantize_backward(const FakeQuantizeArgs& args, const Context& context) {
   with_type(args.dtype, [&]<class T>(T*) {
+    if (!args.sums && args.ste != Ste::kIdentity)
+      return traverse(context, args.layout,
+                      FakeQuantizeClip<T>{{static_cast<const T*>(args.grad), static_cast<const T*>(args.x)},
+                                          static_cast<T*>(args.out),
+                                          args.grid,
+                                          static_cast<float>(args.levels),
+                                          {}});
     const auto run = [&]<bool kInsideSum>() {
       traverse(context, args.layout,
                FakeQuantizeBackward<T, kInsideSum>{{static_cast<const T*>(args.grad), static_cast<const T*>(args.x)},
@@ -29,7 +36,7 @@ void fake_quantize_backward(const FakeQuantizeArgs& args, const Context& context
       case Ste::kIdentity: {
         const auto stream = static_cast<cudaStream_t>(context.stream);
         cudaMemcpyAsync(args.out, args.grad, args.layout.numel() * sizeof(T), cudaMemcpyDeviceToDevice, stream);
-        cudaMemsetAsync(args.sums, 0, args.layout.channels * 3 * sizeof(float), stream);
+        if (args.sums) cudaMemsetAsync(args.sums, 0, args.layout.channels * 3 * sizeof(float), stream);
         return;
       }
       case Ste::kClip:

@@ -50,7 +50,29 @@ struct RangeSums : Additive<kInsideSum ? 3 : 2> {
   }
 };
 
-// For STEs other than the identity, whose backward pass is a copy.
+// For STEs other than the identity, whose backward pass is a copy. Clip: without the sums.
+template <class Element>
+struct FakeQuantizeClip {
+  using T = Element;
+  using Out = Element;
+  using Reduction = NoReduction;
+  using Params = Channel;
+  static constexpr int kInputs = 2, kUnroll = 4, kMinBlocks = 4;
+  static constexpr bool kWideColumns = true;
+
+  const T* in[2];     // grad, x [outer, channels, inner]
+  Out* out;           // grad_x, like x
+  const float* grid;  // [channels, 3]
+  float levels;
+  Reduction reduction;
+
+  __device__ Params params(int64_t channel) const { return load_channel(grid, channel); }
+  __device__ __forceinline__ float operator()(const float (&in)[2], const Params& c, float*) const {
+    const float position = grid_position(in[1], c.grid.offset, c.inverse);
+    return position >= 0.0f && position <= levels ? in[0] : 0.0f;
+  }
+};
+
 template <class Element, bool kInsideSum>
 struct FakeQuantizeBackward {
   using T = Element;

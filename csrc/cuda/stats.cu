@@ -5,9 +5,8 @@
 namespace qk::cuda {
 
 void channel_stats(const StatsArgs& args, const Context& context) {
-  with_type(args.dtype, [&]<class T>(T*) {
-    traverse(context, args.layout, ChannelStats<T>{{static_cast<const T*>(args.x)}, {args.stats}});
-  });
+  with_type(args.dtype,
+            [&]<class T>(T*) { traverse(context, args.layout, ChannelStats<T>{{static_cast<const T*>(args.x)}, {args}}); });
 }
 
 void conditional_abs_mean(const ConditionalMeanArgs& args, const Context& context) {

@@ -8,7 +8,7 @@ namespace qk::cuda {
 
 struct StatsReduction {
   static constexpr int kSums = 4;
-  float* stats;  // [channels, 4]: min, max, sum |x|, sum x^2
+  StatsArgs args;
 
   static __device__ __forceinline__ float start(int s) { return s == 0 ? INFINITY : s == 1 ? -INFINITY : 0.0f; }
   // A NaN wins every comparison.
@@ -19,8 +19,10 @@ struct StatsReduction {
     return a + b;
   }
   __device__ void finish(int64_t channel, const double* totals) const {
+    float stats[kSums];
 #pragma unroll
-    for (int s = 0; s < kSums; ++s) stats[channel * kSums + s] = static_cast<float>(totals[s]);
+    for (int s = 0; s < kSums; ++s) stats[s] = static_cast<float>(totals[s]);
+    finish_stats(args, channel, stats);
   }
 };
 

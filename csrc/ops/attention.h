@@ -47,7 +47,7 @@ template <class Backend>
 Tensor attention_quantize(const Tensor& x_in, const Tensor& attention, const Tensor& grids, const Ints kinds,
                           const Ints levels, const Ints stes, std::optional<int64_t> axis, bool) {
   AttentionInputs in = attention_inputs("attention_quantize", x_in, attention, grids, kinds, levels, stes, axis);
-  Tensor out = torch::stable::empty_like(in.x);
+  Tensor out = new_like(in.x);
   in.args.out = out.mutable_data_ptr();
   if (in.x.numel() > 0) Backend::attention_quantize_forward(in.args, in.x);
   return out;
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_quantize_backward(const Tensor& gra
   constexpr const char* op = "attention_quantize_backward";
   AttentionInputs in = attention_inputs(op, x_in, attention, grids, kinds, levels, stes, axis);
   const Tensor grad = gradient_of(op, grad_in, in.x);
-  Tensor grad_x = torch::stable::empty_like(in.x);
+  Tensor grad_x = new_like(in.x);
   Tensor grad_attention = new_sums(in.x, {in.args.count});
   Tensor sums = new_sums(in.x, {in.args.count, in.args.layout.channels, 3});
   in.args.grad = grad.const_data_ptr();

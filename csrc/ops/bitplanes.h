@@ -50,7 +50,7 @@ Tensor pack_bitplanes(const Tensor& codes_in, int64_t kind, int64_t levels) {
   constexpr const char* op = "pack_bitplanes";
   check_type(op, "codes", codes_in, ScalarType::Byte);
   check_rows(op, "codes", codes_in, "[rows, columns]", 2);
-  const Tensor codes = torch::stable::contiguous(codes_in);
+  const Tensor codes = as_contiguous(codes_in);
   PackArgs args{};
   args.rows = codes.size(0);
   args.columns = codes.size(1);
@@ -58,7 +58,7 @@ Tensor pack_bitplanes(const Tensor& codes_in, int64_t kind, int64_t levels) {
   args.kind = check_kind(op, "kind", kind, Kind::kTernary);
   args.levels = check_levels(op, "levels", args.kind, levels);
   args.bits = bits_of(args.kind, args.levels);
-  Tensor planes = torch::stable::new_empty(codes, {args.bits, args.rows, args.words}, ScalarType::Int);
+  Tensor planes = new_tensor(codes, {args.bits, args.rows, args.words}, ScalarType::Int);
   args.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
   args.planes = static_cast<int32_t*>(planes.mutable_data_ptr());
   if (codes.numel() > 0) Backend::pack_bitplanes(args, codes);
@@ -70,7 +70,7 @@ Tensor unpack_bitplanes(const Tensor& planes_in, int64_t kind, int64_t columns) 
   constexpr const char* op = "unpack_bitplanes";
   check_type(op, "planes", planes_in, ScalarType::Int);
   check_rows(op, "planes", planes_in, "[bits, rows, words]", 3);
-  const Tensor planes = torch::stable::contiguous(planes_in);
+  const Tensor planes = as_contiguous(planes_in);
   UnpackArgs args{};
   args.kind = check_kind(op, "kind", kind, Kind::kTernary);
   args.bits = static_cast<int>(planes.size(0));
@@ -85,7 +85,7 @@ Tensor unpack_bitplanes(const Tensor& planes_in, int64_t kind, int64_t columns) 
   args.columns = columns;
   check(columns >= 0 && words_of(columns) == args.words, op, "columns",
         "a row length of " + std::to_string(args.words) + " words of 32 elements", columns);
-  Tensor codes = torch::stable::new_empty(planes, {args.rows, args.columns}, ScalarType::Byte);
+  Tensor codes = new_tensor(planes, {args.rows, args.columns}, ScalarType::Byte);
   args.planes = static_cast<const int32_t*>(planes.const_data_ptr());
   args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   if (codes.numel() > 0) Backend::unpack_bitplanes(args, planes);
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> quantize_pack(const Tensor& x_in, const Tensor& grid_
   constexpr const char* op = "quantize_pack";
   check_float(op, "x", x_in);
   check_rows(op, "x", x_in, "[rows, columns]", 2);
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = as_contiguous(x_in);
   QuantizePackArgs args{};
   args.rows = x.size(0);
   args.columns = x.size(1);
@@ -110,10 +110,10 @@ std::tuple<Tensor, Tensor> quantize_pack(const Tensor& x_in, const Tensor& grid_
   args.per_row = axis.has_value();
   if (axis) check(axis_of(op, x, *axis) == 0, op, "axis", "None or 0", *axis);
   const Tensor grid = parameters(op, "grid", grid_in, x, {args.per_row ? args.rows : 1, kGridColumns});
-  Tensor planes = torch::stable::new_empty(x, {args.bits, args.rows, args.words}, ScalarType::Int);
+  Tensor planes = new_tensor(x, {args.bits, args.rows, args.words}, ScalarType::Int);
   const bool empty = x.numel() == 0;
   Tensor plane_sums = empty ? torch::stable::new_zeros(x, {args.bits, args.rows}, ScalarType::Int)
-                            : torch::stable::new_empty(x, {args.bits, args.rows}, ScalarType::Int);
+                            : new_tensor(x, {args.bits, args.rows}, ScalarType::Int);
   args.grid = static_cast<const float*>(grid.const_data_ptr());
   args.x = x.const_data_ptr();
   args.planes = static_cast<int32_t*>(planes.mutable_data_ptr());

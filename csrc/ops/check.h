@@ -1,8 +1,8 @@
 #pragma once
 // One form for every complaint: "op: argument must be ..., got ...".
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include "ops/allocate.h"
 
 #include <sstream>
 #include <stdexcept>
@@ -63,7 +63,7 @@ inline Tensor parameters(const char* op, const char* argument, const Tensor& t, 
   check_type(op, argument, t, ScalarType::Float);
   check_shape(op, argument, t, shape);
   check_same_device(op, argument, t, x);
-  return torch::stable::contiguous(t);
+  return as_contiguous(t);
 }
 
 }  // namespace qk::ops

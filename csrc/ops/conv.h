@@ -96,7 +96,7 @@ Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
   args.geometry = conv_geometry(op, x, planes.size(1), kernel_size, stride, padding, dilation, groups);
 
   const bool channels_last = !x.is_contiguous() && is_channels_last(x);
-  tensors.x = channels_last ? x : torch::stable::contiguous(x);
+  tensors.x = channels_last ? x : as_contiguous(x);
   const ConvGeometry& g = args.geometry;
   using torch::headeronly::MemoryFormat;
   Tensor out =

@@ -25,7 +25,7 @@ class Workspace {
  public:
   explicit Workspace(const Tensor& x) : like_(x) {}
   float* operator()(int64_t floats) {
-    held_.push_back(torch::stable::new_empty(like_, {floats}, ScalarType::Float));
+    held_.push_back(new_tensor(like_, {floats}, ScalarType::Float));
     return static_cast<float*>(held_.back().mutable_data_ptr());
   }
 
@@ -92,6 +92,7 @@ template <class Runner>
 void implement(torch::stable::detail::StableLibrary& m) {
   using Kernels = CudaBackend<Runner>;
   m.impl("channel_stats", TORCH_BOX(&channel_stats<Kernels>));
+  m.impl("minmax_grids", TORCH_BOX(&minmax_grids<Kernels>));
   m.impl("conditional_abs_mean", TORCH_BOX(&conditional_abs_mean<Kernels>));
   m.impl("range_errors", TORCH_BOX(&range_errors<Kernels>));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize<Kernels>));

@@ -48,7 +48,7 @@ inline bool is_dense(const Tensor& t) {
 // is also the layout of empty_like, with which the fake kernels say what the results look like.
 inline Tensor dense(const Tensor& t) {
   if (t.numel() == 0 || is_dense(t)) return t;
-  Tensor copy = torch::stable::empty_like(t);
+  Tensor copy = new_like(t);
   return torch::stable::copy_(copy, t);
 }
 
@@ -61,7 +61,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 // t with the strides of `like`, copied only if they differ.
 inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
   if (same_layout(t, like)) return t;
-  Tensor copy = torch::stable::empty_like(like);
+  Tensor copy = new_like(like);
   return torch::stable::copy_(copy, t);
 }
 
@@ -75,8 +75,7 @@ inline Tensor gradient_of(const char* op, const Tensor& grad, const Tensor& x) {
 
 // float32 results that a kernel reduces x to. It fills them all, unless x is empty: then no kernel runs, and they are zero.
 inline Tensor new_sums(const Tensor& x, std::initializer_list<int64_t> shape) {
-  return x.numel() > 0 ? torch::stable::new_empty(x, shape, ScalarType::Float)
-                       : torch::stable::new_zeros(x, shape, ScalarType::Float);
+  return x.numel() > 0 ? new_tensor(x, shape, ScalarType::Float) : torch::stable::new_zeros(x, shape, ScalarType::Float);
 }
 
 inline int64_t axis_of(const char* op, const Tensor& x, int64_t axis) {

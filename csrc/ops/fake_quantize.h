@@ -51,7 +51,7 @@ Tensor fake_quantize(const Tensor& x_in, const Tensor& grid_in, int64_t kind, in
   const Tensor x = dense(x_in);
   const Tensor grid = parameters(op, "grid", grid_in, x, {layout_of(op, x, axis).channels, kGridColumns});
   FakeQuantizeArgs args = fake_quantize_args(op, x, grid, kind, levels, ste, axis);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = new_like(x);
   args.out = out.mutable_data_ptr();
   if (x.numel() > 0) Backend::fake_quantize_forward(args, x);
   return out;
@@ -59,18 +59,19 @@ Tensor fake_quantize(const Tensor& x_in, const Tensor& grid_in, int64_t kind, in
 
 template <class Backend>
 std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& grid_in,
-                                                  int64_t kind, int64_t levels, int64_t ste, std::optional<int64_t> axis) {
+                                                  int64_t kind, int64_t levels, int64_t ste, std::optional<int64_t> axis,
+                                                  bool range_sums) {
   constexpr const char* op = "fake_quantize_backward";
   check_float(op, "x", x_in);
   const Tensor x = dense(x_in);
   const Tensor grad = gradient_of(op, grad_in, x);
   const Tensor grid = parameters(op, "grid", grid_in, x, {layout_of(op, x, axis).channels, kGridColumns});
   FakeQuantizeArgs args = fake_quantize_args(op, x, grid, kind, levels, ste, axis);
-  Tensor grad_x = torch::stable::empty_like(x);
-  Tensor sums = new_sums(x, {args.layout.channels, 3});
+  Tensor grad_x = new_like(x);
+  Tensor sums = range_sums ? new_sums(x, {args.layout.channels, 3}) : new_tensor(x, {0, 3}, ScalarType::Float);
   args.grad = grad.const_data_ptr();
   args.out = grad_x.mutable_data_ptr();
-  args.sums = static_cast<float*>(sums.mutable_data_ptr());
+  args.sums = range_sums ? static_cast<float*>(sums.mutable_data_ptr()) : nullptr;
   if (x.numel() > 0) Backend::fake_quantize_backward(args, x);
   return {grad_x, sums};
 }

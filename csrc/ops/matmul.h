@@ -86,7 +86,7 @@ inline LowbitArgs lowbit_args(const LowbitCall& call, int64_t columns, LowbitTen
         call.shift ? "shift alone" : "scale alone");
 
   const Tensor& x = call.x;
-  tensors.planes = torch::stable::contiguous(call.planes);
+  tensors.planes = as_contiguous(call.planes);
   tensors.x_grid = parameters(op, "x_grid", call.x_grid, x, {1, kGridColumns});
   const bool per_channel = !(call.w_grid.dim() == 2 && call.w_grid.size(0) == 1);
   tensors.w_grid = parameters(op, "w_grid", call.w_grid, x, {per_channel ? out_channels : 1, kGridColumns});
@@ -137,7 +137,7 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
   const int64_t features = x.size(x.dim() - 1);
   LowbitTensors tensors;
   LowbitArgs args = lowbit_args(call, features, tensors);
-  tensors.x = torch::stable::contiguous(x);
+  tensors.x = as_contiguous(x);
 
   ConvGeometry& g = args.geometry;
   g = {.batch = 1,
@@ -162,7 +162,7 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
     shape.push_back(x.size(d));
   }
   shape.push_back(g.out_channels);
-  Tensor out = torch::stable::new_empty(x, shape, check_out_dtype(call));
+  Tensor out = new_tensor(x, shape, check_out_dtype(call));
   args.epilogue.out_dtype = dtype_of(out);
   args.x = tensors.x.const_data_ptr();
   args.out = out.mutable_data_ptr();

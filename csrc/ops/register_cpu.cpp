@@ -65,6 +65,7 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) {
   using namespace qk::ops;
   m.impl("channel_stats", TORCH_BOX(&channel_stats<Cpu>));
+  m.impl("minmax_grids", TORCH_BOX(&minmax_grids<Cpu>));
   m.impl("conditional_abs_mean", TORCH_BOX(&conditional_abs_mean<Cpu>));
   m.impl("range_errors", TORCH_BOX(&range_errors<Cpu>));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize<Cpu>));

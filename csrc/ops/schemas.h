@@ -10,13 +10,14 @@ inline void define_schemas(torch::stable::detail::StableLibrary& m) {
   // ste 0 identity, 1 clip, 2 full; axis None: per tensor. convex: the attention sums to one, which only the gradient uses.
 
   m.def("channel_stats(Tensor x, int? axis) -> Tensor");
+  m.def("minmax_grids(Tensor x, int[] levels, int? axis) -> Tensor");
   m.def("conditional_abs_mean(Tensor x, Tensor threshold, int? axis) -> Tensor");
   m.def("range_errors(Tensor x, Tensor candidates, int levels, int? axis) -> Tensor");
 
   m.def("fake_quantize(Tensor x, Tensor grid, int kind, int levels, int ste, int? axis) -> Tensor");
   m.def(
-      "fake_quantize_backward(Tensor grad, Tensor x, Tensor grid, int kind, int levels, int ste, int? axis) -> (Tensor, "
-      "Tensor)");
+      "fake_quantize_backward(Tensor grad, Tensor x, Tensor grid, int kind, int levels, int ste, int? axis, "
+      "bool range_sums=True) -> (Tensor, Tensor)");
 
   m.def(
       "attention_quantize(Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int[] stes, int? axis, "

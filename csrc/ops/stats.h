@@ -22,6 +22,24 @@ Tensor channel_stats(const Tensor& x_in, std::optional<int64_t> axis) {
 }
 
 template <class Backend>
+Tensor minmax_grids(const Tensor& x_in, const std::vector<int64_t> levels, std::optional<int64_t> axis) {
+  constexpr const char* op = "minmax_grids";
+  check_float(op, "x", x_in);
+  const Tensor x = dense(x_in);
+  StatsArgs args{};
+  args.layout = layout_of(op, x, axis);
+  args.dtype = dtype_of(x);
+  args.count = static_cast<int64_t>(levels.size());
+  check(args.count >= 1 && args.count <= kMaxQuantizers, op, "levels", "of 1 to 8 widths", args.count);
+  for (int64_t k = 0; k < args.count; ++k) args.levels[k] = check_levels(op, "levels", Kind::kUniform, levels[k]);
+  args.x = x.const_data_ptr();
+  Tensor grids = new_sums(x, {args.count, args.layout.channels, kGridColumns});
+  args.grids = static_cast<float*>(grids.mutable_data_ptr());
+  if (x.numel() > 0) Backend::channel_stats(args, x);
+  return grids;
+}
+
+template <class Backend>
 Tensor conditional_abs_mean(const Tensor& x_in, const Tensor& threshold_in, std::optional<int64_t> axis) {
   constexpr const char* op = "conditional_abs_mean";
   check_float(op, "x", x_in);

@@ -9,7 +9,7 @@ from .fake_quantize import Kind, Ste, fake_quantize, grid_gradient
 from .learned_basis import Encoding, grid_of_basis, learned_basis_encode, learned_basis_quantize, level_table
 from .matmul import lowbit_linear
 from .plan import plan
-from .stats import channel_stats, conditional_abs_mean, range_errors
+from .stats import channel_stats, conditional_abs_mean, minmax_grids, range_errors
 
 __all__ = [
     "Encoding",
@@ -29,6 +29,7 @@ __all__ = [
     "level_table",
     "lowbit_conv2d",
     "lowbit_linear",
+    "minmax_grids",
     "pack_bitplanes",
     "plan",
     "quantize_pack",

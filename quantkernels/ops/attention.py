@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._dispatch import call
 from ._register import OpRules, rules
-from .fake_quantize import Ste, grid_gradient
+from .fake_quantize import grid_gradient
 
 
 def attention_quantize(
@@ -123,14 +123,16 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     kinds, levels, stes, axis, convex = ctx.options
     x, attention, grids = ctx.saved_tensors
     for_x, for_attention, for_grids = ctx.needs_input_grad[:3]
-    straight = all(ste == Ste.IDENTITY for ste in stes)  # then grids learn nothing
+    straight = not any(stes)  # all of them are Ste.IDENTITY: grids learn nothing
     if straight and (convex or not for_x):
-        inputs = grad, x, attention, grids, kinds, levels, axis
-        return grad if for_x else None, ops.attention_gradient(*inputs) if for_attention else None, *(None,) * 6
+        gradient = ops.attention_gradient.default
+        alone = gradient(grad, x, attention, grids, kinds, levels, axis) if for_attention else None
+        return grad if for_x else None, alone, *(None,) * 6
     if straight and not for_attention:
         slope = sum(attention.unbind())  # in the order of k, as the kernel adds them
         return (grad.float() * slope).to(grad.dtype), *(None,) * 7
-    grad_x, grad_attention, sums = ops.attention_quantize_backward(grad, x, attention, grids, kinds, levels, stes, axis)
+    backward = ops.attention_quantize_backward.default
+    grad_x, grad_attention, sums = backward(grad, x, attention, grids, kinds, levels, stes, axis)
     grad_grids = _grids_gradient(sums, attention, levels, stes) if for_grids and not straight else None
     return grad_x if for_x else None, grad_attention, grad_grids, *(None,) * 5
 

@@ -70,9 +70,9 @@ def _fake(x: Tensor, grid: Tensor, kind: int, levels: int, ste: int, axis: int |
 
 
 def _fake_backward(
-    grad: Tensor, x: Tensor, grid: Tensor, kind: int, levels: int, ste: int, axis: int | None
+    grad: Tensor, x: Tensor, grid: Tensor, kind: int, levels: int, ste: int, axis: int | None, range_sums: bool = True
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), grid.new_empty(grid.shape)
+    return torch.empty_like(x), grid.new_empty(grid.shape if range_sums else (0, 3))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,9 +87,9 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ste == Ste.IDENTITY:
         return grad, None, None, None, None, None
     x, grid = ctx.saved_tensors
-    grad_x, sums = ops.fake_quantize_backward(grad, x, grid, kind, levels, ste, axis)
-    grad_grid = grid_gradient(sums, levels, ste) if ctx.needs_input_grad[1] else None
-    return grad_x, grad_grid, None, None, None, None
+    for_grid = ctx.needs_input_grad[1]
+    grad_x, sums = ops.fake_quantize_backward.default(grad, x, grid, kind, levels, ste, axis, for_grid)
+    return grad_x, grid_gradient(sums, levels, ste) if for_grid else None, None, None, None, None
 
 
 rules("fake_quantize", OpRules(_fake, _backward, _setup_context))

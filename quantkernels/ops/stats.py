@@ -5,6 +5,7 @@ Results are float32 on the device of x and have no gradient: statistics are cons
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,25 @@ def channel_stats(x: Tensor, axis: int | None = None) -> Tensor:
         RuntimeError: naming the argument, what it must be and what it was.
     """
     return call("channel_stats", x, axis)
+
+
+def minmax_grids(x: Tensor, levels: Sequence[int], axis: int | None = None) -> Tensor:
+    """The grids of min-max quantizers of K widths, in one pass: what ``channel_stats`` finds, on its way to
+    ``fake_quantize`` and ``attention_quantize`` without further ops (DQA, equations 9 to 11).
+
+    Args:
+        x: any shape and memory layout; float32, float16 or bfloat16.
+        levels: K highest codes, each 2^n - 1 with n from 1 to 8; K from 1 to 8.
+        axis: the channel dimension, or None for the whole tensor (C = 1).
+
+    Returns:
+        float32 [K, C, 3]: min, (max - min) / levels[k], 0. A NaN in a channel makes its offset and step NaN; a channel
+        without elements has zeros. Not differentiable.
+
+    Raises:
+        RuntimeError: naming the argument, what it must be and what it was.
+    """
+    return call("minmax_grids", x, levels, axis)
 
 
 def conditional_abs_mean(x: Tensor, threshold: Tensor, axis: int | None = None) -> Tensor:
@@ -75,6 +95,10 @@ def _fake_channel_stats(x: Tensor, axis: int | None) -> Tensor:
     return x.new_empty((_channels(x, axis), 4), dtype=torch.float32)
 
 
+def _fake_minmax_grids(x: Tensor, levels: Sequence[int], axis: int | None) -> Tensor:
+    return x.new_empty((len(levels), _channels(x, axis), 3), dtype=torch.float32)
+
+
 def _fake_conditional_abs_mean(x: Tensor, threshold: Tensor, axis: int | None) -> Tensor:
     return x.new_empty(_channels(x, axis), dtype=torch.float32)
 
@@ -92,5 +116,6 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[None, ...]:
 
 
 rules("channel_stats", OpRules(_fake_channel_stats, _backward, _no_gradient))
+rules("minmax_grids", OpRules(_fake_minmax_grids, _backward, _no_gradient))
 rules("conditional_abs_mean", OpRules(_fake_conditional_abs_mean, _backward, _no_gradient))
 rules("range_errors", OpRules(_fake_range_errors, _backward, _no_gradient))

@@ -130,10 +130,14 @@ class Quantizer(nn.Module):
         if not self.reads_batch(x) or (self.calibrated and not update and self.tracking):
             return self._stored_grid()
         with torch.no_grad():
-            if stats is None and self.needs_statistics:
-                stats = self.statistics(x)
-            grid = self.batch_grid(x, stats)
+            grid = self.fresh_grid(x, stats)
             return self._average(grid) if self.tracking and update and self.updates(x) else grid
+
+    def fresh_grid(self, x: Tensor, stats: Tensor | None) -> Tensor:
+        """`batch_grid`, with the statistics that it needs where the caller has none."""
+        if stats is None and self.needs_statistics:
+            stats = self.statistics(x)
+        return self.batch_grid(x, stats)
 
     def statistics(self, x: Tensor) -> Tensor:
         """`ops.channel_stats` of x; of a parameter once for all who ask inside `shared_statistics`."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..ops import Kind, Ste
 from .base import Quantizer, uniform_levels
+from .sharing import sharing
 
 
 class MinMax(Quantizer):
@@ -23,9 +25,16 @@ class MinMax(Quantizer):
         super().__init__(bits, Kind.UNIFORM, uniform_levels("MinMax", bits), Ste.IDENTITY, axis)
 
     def batch_grid(self, x: Tensor, stats: Tensor | None) -> Tensor:
-        """(lo, (hi - lo)/levels) of each channel."""
+        """(lo, (hi - lo)/levels, 0) of each channel."""
         assert stats is not None
-        return minmax_grids(stats, self.levels)
+        low = stats[:, 0]
+        return torch.stack((low, (stats[:, 1] - low) / self.levels, torch.zeros_like(low)), 1)
+
+    def fresh_grid(self, x: Tensor, stats: Tensor | None) -> Tensor:
+        """Where no statistics are at hand or worth keeping, one op takes x to the grid."""
+        if stats is not None or sharing():
+            return super().fresh_grid(x, stats)
+        return ops.minmax_grids(x, [self.levels], self.axis)[0]
 
     def check_bits(self, bits: int) -> None:
         """Raises ValueError unless bits is an int from 1 to 8."""
@@ -34,17 +43,3 @@ class MinMax(Quantizer):
     def set_bits(self, bits: int) -> None:
         """Change the number of levels and keep the range."""
         self._set_uniform_levels(bits)
-
-
-def minmax_grids(stats: Tensor, levels: int | Tensor) -> Tensor:
-    """Grids [C, 3] for one `levels`, or [K, C, 3] for K of them (a float32 tensor [K, 1]), from stats [C,
-    4]."""
-    low = stats[:, 0]
-    step = (stats[:, 1] - low) / levels
-    # A uniform quantizer has no threshold; repeating the step there saves an op.
-    return torch.stack((low.expand_as(step), step, step), -1)
-
-
-def level_tensor(levels: list[int]) -> Tensor:
-    """float32 [K, 1]: what `minmax_grids` divides the range by for K members at once."""
-    return torch.tensor(levels, dtype=torch.float32)[:, None]

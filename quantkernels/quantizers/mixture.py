@@ -13,7 +13,7 @@ from ..ops import Kind
 from ..ops.planes import BitPlanes
 from .base import Quantizer
 from .identity import Identity
-from .minmax import MinMax, level_tensor, minmax_grids
+from .minmax import MinMax
 from .pact import PACT
 
 MAX_MEMBERS = 8  # what the op takes
@@ -48,7 +48,6 @@ class Mixture(Quantizer):
     """
 
     selected: Tensor
-    level_counts: Tensor
 
     def __init__(self, quantizers: Iterable[Quantizer]) -> None:
         name = type(self).__name__
@@ -80,7 +79,6 @@ class Mixture(Quantizer):
         self._stes = [int(q.ste) for q in members]
         # The commonest mixture gets all its grids from the statistics in one go.
         self._all_minmax = all(type(q) is MinMax and not q.tracking for q in members)
-        self.register_buffer("level_counts", level_tensor([max(n, 1) for n in self._levels]), persistent=False)
 
     @property
     def members(self) -> list[Quantizer]:
@@ -132,7 +130,7 @@ class Mixture(Quantizer):
         """float32 [K, C, 3]: the grids of all members for this x."""
         if self._all_minmax and not self.tracking:
             with torch.no_grad():
-                return minmax_grids(ops.channel_stats(x, self.axis), self.level_counts)
+                return ops.minmax_grids(x, self._levels, self.axis)
         members = self.members
         stats = None
         if any(q.needs_statistics and q.reads_batch(x) for q in members):

@@ -33,6 +33,11 @@ def shared_statistics() -> Iterator[None]:
         _results.reset(token)
 
 
+def sharing() -> bool:
+    """Whether this runs inside `shared_statistics`."""
+    return not torch.compiler.is_compiling() and _results.get() is not None
+
+
 def once(x: Tensor, name: Hashable, compute: Callable[[], Any]) -> Any:
     """compute(), or inside `shared_statistics` what it gave before for the same unchanged x and name."""
     if torch.compiler.is_compiling():

@@ -28,7 +28,7 @@ from .learned_basis import (
     qem_basis,
 )
 from .matmul import lowbit_linear
-from .stats import channel_stats, conditional_abs_mean, range_errors
+from .stats import channel_stats, conditional_abs_mean, minmax_grids, range_errors
 
 __all__ = [
     "attention_gradient",
@@ -47,6 +47,7 @@ __all__ = [
     "learned_basis_quantize_backward",
     "lowbit_conv2d",
     "lowbit_linear",
+    "minmax_grids",
     "pack_bitplanes",
     "plane_count",
     "qem_basis",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,12 @@ def channel_stats(x: Tensor, axis: int | None = None) -> Tensor:
         return torch.zeros(rows.shape[0], 4, device=x.device)
     columns = [rows.amin(1), rows.amax(1), rows.abs().sum(1), rows.square().sum(1)]
     return torch.stack(columns, 1).float()
+
+
+def minmax_grids(x: Tensor, levels: Sequence[int], axis: int | None = None) -> Tensor:
+    """float32 [K, C, 3]: (min, (max - min) / levels[k], 0) of each channel; DQA, equations 9 to 11."""
+    low, high = channel_stats(x, axis)[:, :2].unbind(1)
+    return torch.stack([torch.stack((low, (high - low) / n, torch.zeros_like(low)), 1) for n in levels])
 
 
 def conditional_abs_mean(x: Tensor, threshold: Tensor, axis: int | None = None) -> Tensor:

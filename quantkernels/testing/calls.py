@@ -72,6 +72,7 @@ def _codes(p: Problem) -> Tensor:
 
 ARGUMENTS: dict[str, Callable[[Problem, str], tuple[Any, ...]]] = {
     "channel_stats": lambda p, d: (p.x(d), p.axis),
+    "minmax_grids": lambda p, d: (p.x(d), [3, 255], p.axis),
     "conditional_abs_mean": lambda p, d: (p.x(d), _channels(p, d), p.axis),
     "range_errors": lambda p, d: (p.x(d), _channels(p, d, 11), 15, p.axis),
     "fake_quantize": lambda p, d: (p.x(d), p.grid(d), *p.quantizer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MAX_QUANTIZERS = 8
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # In messages types are called as the native checks call them.
 _NAMES = {

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._checks import check, check_axis, check_float, check_like, check_quantizer, parameters
+from ._checks import MAX_QUANTIZERS, check, check_axis, check_float, check_like, check_quantizer, parameters
 from ._tiles import (
     CLIP_STE,
     EXACT,
@@ -28,8 +28,6 @@ from ._tiles import (
     tiles_of,
 )
 from .fake_quantize import store_sum
-
-_MAX_QUANTIZERS = 8
 
 
 @triton.jit
@@ -142,7 +140,7 @@ def _checked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_float(op, "x", x)
     count = len(kinds)
-    check(1 <= count <= _MAX_QUANTIZERS, op, "kinds", f"of 1 to {_MAX_QUANTIZERS} quantizers", count)
+    check(1 <= count <= MAX_QUANTIZERS, op, "kinds", f"of 1 to {MAX_QUANTIZERS} quantizers", count)
     check(len(levels) == count, op, "levels", f"one for each of the {count} kinds", len(levels))
     check(len(stes) == count, op, "stes", f"one for each of the {count} kinds", len(stes))
     for kind, n, ste in zip(kinds, levels, stes, strict=True):

@@ -62,27 +62,29 @@ def fake_quantize_backward_kernel(
     inner,
     LEVELS: tl.constexpr,
     STE: tl.constexpr,
+    SUMS: tl.constexpr,
     ONE_RUN: tl.constexpr,
     WIDE: tl.constexpr,
     CHANNEL_BLOCK: tl.constexpr,
     ELEMENT_BLOCK: tl.constexpr,
 ):
-    """grad_x = g where 0 <= v <= levels, and the sums of g below, of g above, of g * (code - v) inside."""
+    """grad_x = g where 0 <= v <= levels, and where SUMS the sums of g below, of g above, of g * (code - v) inside."""
     block, channel, place, inside = tile_of(channels, elements, inner, ONE_RUN, WIDE, CHANNEL_BLOCK, ELEMENT_BLOCK)
     offset, _, inverse, _ = load_grid(grid, channel, channels)
     g = load_float(grad + place, inside)
     v = (load_float(x + place, inside) - offset) * inverse
     store_rounded(grad_x + place, tl.where((v >= 0.0) & (v <= LEVELS), g, 0.0), inside)
-    row = partial + (block.to(tl.int64) * channels + channel) * 3
-    store_sum(row, tl.where(v < 0.0, g, 0.0), channel < channels)
-    store_sum(row + 1, tl.where(v >= LEVELS, g, 0.0), channel < channels)
-    if STE == FULL_STE:
-        # The clamped position is a whole number outside the range: the term vanishes there by itself.
-        clamped = clamp_code(v, LEVELS)
-        error = tl.where(inside, g * (round_to_even(clamped) - clamped), 0.0)
-        store_sum(row + 2, error, channel < channels)
-    else:
-        store_sum(row + 2, tl.zeros_like(g), channel < channels)
+    if SUMS:
+        row = partial + (block.to(tl.int64) * channels + channel) * 3
+        store_sum(row, tl.where(v < 0.0, g, 0.0), channel < channels)
+        store_sum(row + 1, tl.where(v >= LEVELS, g, 0.0), channel < channels)
+        if STE == FULL_STE:
+            # The clamped position is a whole number outside the range: the term vanishes there by itself.
+            clamped = clamp_code(v, LEVELS)
+            error = tl.where(inside, g * (round_to_even(clamped) - clamped), 0.0)
+            store_sum(row + 2, error, channel < channels)
+        else:
+            store_sum(row + 2, tl.zeros_like(g), channel < channels)
 
 
 @triton.jit
@@ -112,9 +114,9 @@ def fake_quantize(x: Tensor, grid: Tensor, kind: int, levels: int, ste: int, axi
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, grid: Tensor, kind: int, levels: int, ste: int, axis: int | None
+    grad: Tensor, x: Tensor, grid: Tensor, kind: int, levels: int, ste: int, axis: int | None, range_sums: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """grad_x like x, and float32 [C, 3]: the sums below, above and inside the range."""
+    """grad_x like x, and float32 [C, 3]: the sums below, above and inside the range ([0, 3] unless range_sums)."""
     op = "fake_quantize_backward"
     check_float(op, "x", x)
     check_like(op, "grad", grad, x)
@@ -123,13 +125,14 @@ def fake_quantize_backward(
     grad = in_layout_of(grad, x)
     grid = parameters(op, "grid", grid, x, check_axis(op, x, axis), 3)
     if ste == 0 or x.numel() == 0:
-        return grad.clone(), torch.zeros_like(grid)
+        return grad.clone(), torch.zeros_like(grid) if range_sums else grid.new_empty((0, 3))
     tiles = tiles_of(x, axis)
-    grad_x, partial = torch.empty_like(x), tiles.partial(x, 3)
+    grad_x = torch.empty_like(x)
+    partial = tiles.partial(x, 3) if range_sums else grid.new_empty((0, 3))
     fake_quantize_backward_kernel[tiles.launch](
-        grad, x, grid, grad_x, partial, LEVELS=levels, STE=ste, **tiles.arguments, **EXACT
+        grad, x, grid, grad_x, partial, LEVELS=levels, STE=ste, SUMS=range_sums, **tiles.arguments, **EXACT
     )
-    return grad_x, partial.sum(0, dtype=torch.float64).float()
+    return grad_x, partial.sum(0, dtype=torch.float64).float() if range_sums else partial
 
 
 def encode(x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | None) -> Tensor:

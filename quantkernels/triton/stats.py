@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._checks import check, check_axis, check_float, check_quantizer, parameters
+from ._checks import MAX_QUANTIZERS, check, check_axis, check_float, check_quantizer, parameters
 from ._tiles import (
     _LARGEST,
     EXACT,
@@ -112,6 +114,19 @@ def channel_stats(x: Tensor, axis: int | None) -> Tensor:
     return torch.cat((extremes, sums), 1)
 
 
+def minmax_grids(x: Tensor, levels: Sequence[int], axis: int | None) -> Tensor:
+    """float32 [K, C, 3]: (min, (max - min) / levels[k], 0) of each channel."""
+    op = "minmax_grids"
+    check(1 <= len(levels) <= MAX_QUANTIZERS, op, "levels", "of 1 to 8 widths", len(levels))
+    check_float(op, "x", x)
+    for n in levels:
+        check_quantizer(op, UNIFORM.value, n)
+    low, high = channel_stats(x, axis)[:, :2].unbind(1)
+    widths = torch.tensor(levels, dtype=torch.float32, device=x.device)
+    step = (high - low) / widths[:, None]
+    return torch.stack((low.expand_as(step), step, torch.zeros_like(step)), 2)
+
+
 def conditional_abs_mean(x: Tensor, threshold: Tensor, axis: int | None) -> Tensor:
     """float32 [C]: mean of |x| over |x| > threshold, 0 where there is none."""
     op = "conditional_abs_mean"
@@ -146,6 +161,7 @@ def range_errors(x: Tensor, candidates: Tensor, levels: int, axis: int | None) -
 
 OPS = {
     "channel_stats": channel_stats,
+    "minmax_grids": minmax_grids,
     "conditional_abs_mean": conditional_abs_mean,
     "range_errors": range_errors,
 }

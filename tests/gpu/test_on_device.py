@@ -108,7 +108,13 @@ def test_kernels_run_on_the_device_of_their_tensors(entry: Backend, op: str) -> 
 
 
 # Kernels of one pass over a large tensor: one, and a second one where sums of several blocks are put together.
-LAUNCHES = {"channel_stats": 2, "conditional_abs_mean": 2, "fake_quantize": 1, "fake_quantize_backward": 2}
+LAUNCHES = {
+    "channel_stats": 2,
+    "minmax_grids": 2,
+    "conditional_abs_mean": 2,
+    "fake_quantize": 1,
+    "fake_quantize_backward": 2,
+}
 LAUNCHES |= {"attention_quantize": 1, "attention_quantize_backward": 2, "attention_gradient": 2, "encode": 1}
 NATIVE = [op for op in LAUNCHES if any(b.name == "cuda" and b.has(op) for b in ON_GPU)]
 

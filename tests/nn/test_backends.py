@@ -22,7 +22,7 @@ from quantkernels.nn import QConv2d, QLinear
 from quantkernels.testing import Backend, assert_bit_equal
 
 TRAINED_BY = (
-    "channel_stats",
+    "minmax_grids",
     "fake_quantize",
     "fake_quantize_backward",
     "attention_quantize",

@@ -37,6 +37,21 @@ def test_forward_is_bit_equal(backend, problem):
     assert q.stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("low, high", [(-1.3, 2.1), (0.0, 1e-38), (-3e38, 3e38), (0.7, 0.7)])
+def test_members_on_one_range_clamp_alike(backend, low, high, axis):
+    """They may share one clamp: each code must still be its own, also at ties, at the ends and beyond them."""
+    span = torch.linspace(-0.3, 1.3, 2 * 255 * 5 + 1).double()
+    x = torch.cat((low + span * (high - low), torch.tensor([INF, -INF, float("nan"), low, high]))).float().view(4, -1)
+    channels = 1 if axis is None else x.shape[axis]
+    for second in (high, high * 1.0001, high * 1.5):  # the range of the second member: the same, nearly, another
+        rows = [[low, (end - low) / n, 0.0] for end, n in ((high, 255), (second, 15), (high, 3))]
+        grids = torch.tensor(rows)[:, None].repeat(1, channels, 1)
+        options = torch.tensor([0.5, 0.3, 0.2]), grids, [0, 0, 0], [255, 15, 3], [0, 0, 0], axis
+        q = backend.ops.attention_quantize(*(t.to(backend.device) for t in (x, *options[:2])), *options[2:])
+        assert_bit_equal(q, reference.attention_quantize(x, *options))
+
+
 @pytest.mark.parametrize("problem", attention_problems(), ids=str)
 def test_backward(backend, problem):
     x, attention, grids = arguments(problem, backend.device)

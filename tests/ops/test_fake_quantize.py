@@ -37,6 +37,9 @@ def test_backward(backend, problem):
     # Each term is at most |g|: |code - v| <= 1/2 inside.
     magnitude = reference.channel_stats(grad.cpu(), problem.axis)[:, 2:3]
     assert_sums_close(sums, expected[1], magnitude, problem.per_channel)
+    alone, nothing = backend.ops.fake_quantize_backward(grad, x, grid, *problem.quantizer, False)
+    assert_bit_equal(alone, grad_x)
+    assert nothing.shape == (0, 3)
 
 
 @pytest.mark.parametrize("ste", Ste)
@@ -135,6 +138,7 @@ def test_opcheck(backend, problem):
     opcheck(backend.ops.fake_quantize.default, (*leaves, *problem.quantizer))
     arguments = (problem.grad(backend.device), x.detach(), grid.detach(), *problem.quantizer)
     opcheck(backend.ops.fake_quantize_backward.default, arguments)
+    opcheck(backend.ops.fake_quantize_backward.default, (*arguments, False))
 
 
 GRID = torch.tensor([[0.0, 1.0, 0.0]])

@@ -1,4 +1,4 @@
-"""channel_stats, conditional_abs_mean and range_errors on every backend, against the reference."""
+"""channel_stats, minmax_grids, conditional_abs_mean and range_errors on every backend, against the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantkernels import reference
 from quantkernels.ops import Kind
 from quantkernels.testing import Problem, assert_bit_equal, assert_sums_close, lay_out, problems
 
-pytestmark = pytest.mark.ops("channel_stats", "conditional_abs_mean", "range_errors")
+pytestmark = pytest.mark.ops("channel_stats", "minmax_grids", "conditional_abs_mean", "range_errors")
 NAN, INF = float("nan"), float("inf")
 UNIFORM = [(Kind.UNIFORM, 7)]
 FINITE = problems(quantizers=UNIFORM, stes=[0], special=[False])
@@ -30,6 +30,13 @@ def test_channel_stats(backend, problem):
     expected = reference.channel_stats(x.cpu(), problem.axis)
     assert_bit_equal(stats[:, :2], expected[:, :2])
     assert_sums_close(stats[:, 2:], expected[:, 2:], expected[:, 2:], problem.per_channel)
+
+
+@pytest.mark.parametrize("problem", problems(quantizers=UNIFORM, stes=[0]), ids=str)
+def test_minmax_grids_are_bit_equal(backend, problem):
+    x = problem.x(backend.device)
+    grids = backend.ops.minmax_grids(x, [3, 15, 255], problem.axis)
+    assert_bit_equal(grids, reference.minmax_grids(x.cpu(), [3, 15, 255], problem.axis))
 
 
 @pytest.mark.parametrize("problem", FINITE, ids=str)
@@ -92,6 +99,7 @@ def test_results_have_the_same_bits_on_every_run(backend, axis, layout):
 def test_statistics_have_no_gradient(backend):
     x = torch.randn(4, 5, device=backend.device, requires_grad=True)
     assert not backend.ops.channel_stats(x, 0).requires_grad
+    assert not backend.ops.minmax_grids(x, [3], 0).requires_grad
     assert not backend.ops.conditional_abs_mean(x, torch.zeros(4, device=backend.device), 0).requires_grad
     assert not backend.ops.range_errors(x, torch.ones(4, 2, device=backend.device), 3, 0).requires_grad
 
@@ -101,6 +109,7 @@ def test_opcheck(backend, shape, layout, axis):
     x = lay_out(torch.randn(shape, device=backend.device), layout)
     candidates = candidates_for(x, axis).to(backend.device)
     opcheck(backend.ops.channel_stats.default, (x, axis))
+    opcheck(backend.ops.minmax_grids.default, (x, [1, 255], axis))
     opcheck(backend.ops.conditional_abs_mean.default, (x, candidates[:, 2].contiguous(), axis))
     opcheck(backend.ops.range_errors.default, (x, candidates, 3, axis))
 
@@ -111,6 +120,10 @@ def test_complaints_name_op_argument_expected_and_got(backend):
         ops.channel_stats(x.int(), None)
     with pytest.raises(RuntimeError, match=r"^channel_stats: axis must be None or in \[-2, 1\] .*, got -3"):
         ops.channel_stats(x, -3)
+    with pytest.raises(RuntimeError, match=r"^minmax_grids: levels must be of 1 to 8 widths, got 0"):
+        ops.minmax_grids(x, [], None)
+    with pytest.raises(RuntimeError, match=r"^minmax_grids: levels must be 2\^n - 1 with n from 1 to 8 .*, got 4"):
+        ops.minmax_grids(x, [3, 4], None)
     with pytest.raises(RuntimeError, match=r"^conditional_abs_mean: threshold must be of shape \[1\], got \[3\]"):
         ops.conditional_abs_mean(x, vector, None)
     with pytest.raises(RuntimeError, match=r"^range_errors: candidates must be of shape \[channels, J\], got \[3\]"):

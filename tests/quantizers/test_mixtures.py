@@ -96,8 +96,13 @@ def test_normalise():
 
 def test_statistics_are_read_once_for_all_members(monkeypatch):
     calls = []
-    original = qk.ops.channel_stats
-    monkeypatch.setattr(qk.ops, "channel_stats", lambda *a: calls.append(1) or original(*a))
+
+    def count(name):
+        original = getattr(qk.ops, name)
+        monkeypatch.setattr(qk.ops, name, lambda *a: calls.append(name) or original(*a))
+
+    count("channel_stats")
+    count("minmax_grids")
     for kind, expected in (("minmax", 1), ("sawb", 1), ("binary ternary minmax", 1), ("pact", 0)):
         calls.clear()
         qk.Attention(members(kind))(torch.randn(30))
