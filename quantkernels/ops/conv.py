@@ -92,7 +92,7 @@ def lowbit_conv2d(
             y = sum_of_products(
                 Operand(x, x_grid, x_kind, x_levels),
                 Operand(planes, w_grid, w_kind, w_levels),
-                lambda a, w: lowbit_conv2d(*a, *w, *geometry, out_dtype=torch.float32),
+                lambda a, w: lowbit_conv2d(*a, *w, *sizes, groups, out_dtype=torch.float32),
             )
             dtype = output_dtype(x, out_grid, out_dtype)
             return finish(y, 1, bias, scale, shift, lower, upper, out_grid, out_kind, out_levels, dtype)
