@@ -175,3 +175,13 @@ def test_training_on_a_folder_of_clips(folder, tmp_path):
 @pytest.mark.parametrize("method", ["float", "minmax-pact"])
 def test_small_video_recipes_beat_chance_by_far(tmp_path, method):
     assert engine.run(load(f"video-small/{method}"), tmp_path / "run").accuracy > 0.6
+
+
+@pytest.mark.slow
+def test_an_adaptive_network_trains_on_clips(tmp_path):
+    data = ["name=synthetic_digit_clips", "segments=2", "subset=40", "batch_size=20"]
+    changes = ["model.stem=cifar", "model.width=0.0625", 'model.init=""', "run.epochs=1", *(f"data.{d}" for d in data)]
+    result = engine.run(load("coquant/table3/activitynet-resnet18-coquant", changes), tmp_path / "run")
+    final = result.metrics[-1]
+    assert set(final["results"]) == {f"{bits} bits" for bits in range(2, 9)}
+    assert sum(final["algorithm"]["teachers"]["2"].values()) == 2  # one choice a step
