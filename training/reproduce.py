@@ -148,12 +148,12 @@ class Reproduction:
 def side_by_side(outcomes: Sequence[Outcome]) -> str:
     """A Markdown table: for each column of the paper's, what it has there and mean ± deviation of our seeds.
 
-    Columns that our runs have and the paper has not come last.
+    Columns that our runs have and the paper has not come last; the accuracy where the paper has nothing.
     """
     published = list({column: None for outcome in outcomes for column in outcome.row.paper.published})
     given = {column: None for outcome in outcomes for figures in outcome.figures for column in figures}
     own = [column for column in given if column not in published and column not in DEFAULTS]
-    own = own if published or own else ["accuracy"]
+    own = own if published else ["accuracy", *own]
     both = [f"{column}, {whose}" for column in published for whose in ("published", "ours")]
     lines = [["row", *both, *own, "seeds"]]
     for outcome in outcomes:

@@ -181,6 +181,12 @@ def test_mean_and_deviation_of_seeds():
     ]
 
 
+def test_accuracy_stands_first_where_the_paper_has_nothing():
+    row = tables.Row("a", config.from_tables({**MINIMAL, "paper": {"row": "one"}}))
+    outcome = reproduce.Outcome(row, [{"accuracy": 90.0, "top5": 99.0, "size MB": 0.5}])
+    assert reproduce.side_by_side([outcome]).splitlines()[0] == "| row | accuracy | size MB | seeds |"
+
+
 MINIMAL = {"model": {"name": "resnet20"}, "data": {"name": "digits"}, "run": {"epochs": 1}}
 
 
