@@ -29,7 +29,9 @@ FLAGS = ["-std=c++20", f"-I{ROOT / 'csrc'}", "--fmad=false", "-O3", "-Xptxas", "
 
 # Every traversal of a tensor (csrc/cuda/tile/traverse.cuh), but those by columns whose parameters are too many for a
 # thread to have more than one column; and packing from float32, whose four values a lane are 16 bytes.
-WIDE = re.compile(r"runs_kernel<|columns_kernel<(?!Attention|RangeErrors)|pack_kernel<\d, QuantizedCodes<float")
+WIDE = re.compile(
+    r"runs_kernel<|columns_kernel<(?!Attention|RangeErrors|LearnedBasis[FT])|pack_kernel<\d, QuantizedCodes<float"
+)
 NARROW_RESULTS = ("ChannelStats", "ConditionalMean", "RangeErrors", "unsigned char")
 
 
