@@ -2,8 +2,7 @@
 
 What runs where: statistics, quantization, the mixture, their gradients and the packing of weights are the backend's
 kernels (for `emu`, the CUDA kernels in the emulator). Convolution and matrix product, their gradients, batch-norm and
-ReLU are torch's in training. In eval the layers compute on codes: where the backend has no lowbit_conv2d yet, the codes
-that it packed are convolved by the native kernel.
+ReLU are torch's in training. In eval the layers compute on codes, by the backend's own products where it has them.
 """
 
 from __future__ import annotations
