@@ -27,7 +27,7 @@ from torch import Tensor
 import quantkernels as qk
 from benchmarks import plain
 from benchmarks.contestants import DTYPES, HIGH, LOW, grid_over
-from quantkernels.ops import Kind, Ste
+from quantkernels.ops import Encoding, Kind, Ste
 
 GOAL = 0.85  # of the copy bandwidth, at the large size
 LARGE, SMALL = 1 << 28, 1 << 20
@@ -55,6 +55,8 @@ class Inputs:
         self.grid = grid_over(self.x, LEVELS, self.axis).to(self.x.device)
         self.grids = torch.stack([grid_over(self.x, levels, self.axis) for levels in MEMBERS]).to(self.x.device)
         self.attention = torch.tensor(SHARES, device=self.x.device)
+        basis = torch.tensor([[2.0**b / LEVELS * HIGH for b in range(BITS)]], device=self.x.device)
+        self.basis = basis.repeat(len(self.grid), 1)  # of levels in {-1, 1}^BITS, uniform on [LOW, HIGH]
         self.members = [int(Kind.UNIFORM)] * len(MEMBERS), list(MEMBERS)
 
     @property
@@ -138,6 +140,16 @@ JOBS = (
         lambda n: 3 * n,
     ),
     Job("encode", lambda o, i: o.encode(i.x, *i.quantizer, i.axis), lambda n: n + 1),
+    Job(
+        "learned_basis_quantize",
+        lambda o, i: o.learned_basis_quantize(i.x, i.basis, int(Encoding.SIGNED), CLIP, i.axis),
+        lambda n: 2 * n,
+    ),
+    Job(
+        "learned_basis_quantize_backward",
+        lambda o, i: o.learned_basis_quantize_backward(i.grad, i.x, i.basis, int(Encoding.SIGNED), i.axis),
+        lambda n: 3 * n,
+    ),
     Job(
         "quantize_pack",
         lambda o, i: o.quantize_pack(i.x, *i.quantizer, i.axis),
