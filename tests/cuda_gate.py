@@ -151,6 +151,22 @@ def failures_of(kernels: dict[str, Kernel], known: dict[str, dict[str, int]], ta
             failures.append(f"{target}: {name} uses local memory")
         if WIDE.match(name) and not moves_16_bytes(name, kernel.sass):
             failures.append(f"{target}: {name} does not move 16 bytes at a time")
+        failures += [f"{target}: {name} {what}" for what in product_failures(name, kernel.sass)]
+    return failures
+
+
+def product_failures(name: str, sass: str) -> list[str]:
+    """What a matrix product on the tensor cores lacks: its instruction (csrc/cuda/gemm.cuh), and wide copies."""
+    found = re.match(r"gemm_kernel<Tile<\d+, \d+>, (true|false), (\d+)>", name)
+    if found is None:
+        return []
+    bits, copy = found[1] == "true", int(found[2])
+    wanted, other = (r"\bBMMA\.168256\.AND\.POPC\b", r"\bIMMA\b") if bits else (r"\bIMMA\.16832\.U8\.U8\b", r"\bBMMA\b")
+    failures = []
+    if not re.search(wanted, sass) or re.search(other, sass):
+        failures.append(f"multiplies {'bits' if bits else 'bytes'} without the instruction for it")
+    if copy == 16 and not re.search(r"\bLDGSTS\.E\.(?:\w+\.)*128\b", sass):
+        failures.append("does not copy 16 bytes at a time to shared memory")
     return failures
 
 

@@ -59,6 +59,30 @@ def test_a_worse_kernel_fails(kernel: Kernel, complaint: str) -> None:
     assert complaint in failure
 
 
+BYTES, BITS = "gemm_kernel<Tile<4, 128>, false, 16>", "gemm_kernel<Tile<4, 128>, true, 16>"
+IMMA, BMMA = "IMMA.16832.U8.U8 R4, R8.ROW, R2.COL, R4 ;", "BMMA.168256.AND.POPC R4, R8.ROW, R2.COL, R4 ;"
+COPY = "LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64], !PT ;"
+
+
+@pytest.mark.parametrize(
+    ("name", "sass", "complaints"),
+    [
+        (BYTES, IMMA + COPY, []),
+        (BITS, BMMA + COPY, []),
+        ("finish_kernel", "", []),
+        (BYTES, "IMAD R4, R5, R6, R7 ;" + COPY, ["multiplies bytes without"]),
+        (BITS, IMMA + COPY, ["multiplies bits without"]),
+        (BITS, BMMA.replace("AND", "XOR"), ["multiplies bits without", "does not copy 16 bytes"]),
+        (BYTES.replace("16>", "1>"), IMMA, []),
+    ],
+)
+def test_a_product_without_its_instruction_fails(name: str, sass: str, complaints: list[str]) -> None:
+    failures = cuda_gate.failures_of({name: Kernel(Resources(48, 0, 0, 0), sass)}, {}, "90a")
+    assert [f"90a: {name} {complaint}" for complaint in complaints] == [
+        failure[: len(f"90a: {name} {complaint}")] for failure, complaint in zip(failures, complaints, strict=True)
+    ]
+
+
 def test_a_new_kernel_may_not_spill() -> None:
     assert cuda_gate.failures_of({NAME: Kernel(Resources(48, 0, 0, 8), WIDE)}, {}, "90a")
     assert cuda_gate.notes_of({NAME: GOOD}, {}, "90a") == [f"90a: {NAME} is new"]

@@ -1,7 +1,7 @@
 """What tests and benchmarks of the ops share: the backends, problems to run on them, and how results are compared."""
 
 from .backends import BACKENDS, Backend
-from .calls import ARGUMENTS, Call, calls
+from .calls import OPS, Call, calls
 from .compare import assert_bit_equal, assert_sums_close, sum_tolerance
 from .inputs import (
     AttentionProblem,
@@ -16,8 +16,8 @@ from .inputs import (
 from .lowbit import LowbitProblem
 
 __all__ = [
-    "ARGUMENTS",
     "BACKENDS",
+    "OPS",
     "AttentionProblem",
     "Backend",
     "Call",

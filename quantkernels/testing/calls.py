@@ -1,7 +1,7 @@
 """One small call of every op for each way in which its kernels are launched.
 
 For checks that are about kernels and not about results: memory errors, races, captures, launches. A new op is one entry
-of ``ARGUMENTS``.
+of ``ARGUMENTS``, or of ``PRODUCTS`` with problems of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,24 @@ _WALKS: tuple[tuple[tuple[int, ...], int | None], ...] = (
     ((300, 5), 1),
 )
 _LOWBIT = LowbitProblem((5, 70), 9, x_quantizer=(Kind.UNIFORM, 3), w_quantizer=(Kind.UNIFORM, 15), special=False)
+_WINDOW: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+_TWO_BITS: dict[str, Any] = {"w_quantizer": (Kind.UNIFORM, 3)}
+# One for each engine and tile of csrc/cuda/plan.h, and for every way of copying the activation; some split the depth.
+_LINEAR: tuple[dict[str, Any], ...] = (
+    {},
+    {"shape": (9, 200), "out_channels": 130},
+    {"shape": (9, 2100), "out_channels": 20},
+    {"shape": (130, 130), "out_channels": 70},
+    {"shape": (20, 1408), "out_channels": 20, **_TWO_BITS},
+)
+_CONV: tuple[dict[str, Any], ...] = (
+    {"shape": (2, 6, 9, 8)},
+    {"shape": (2, 32, 6, 5), "layout": "channels_last"},
+    {"shape": (2, 12, 6, 5), "out_channels": 12, "groups": 12},
+    {"shape": (2, 6, 6, 5), "out_channels": 12, "groups": 6, "layout": "channels_last"},
+    {"shape": (1, 32, 7, 6), **_TWO_BITS},
+    {"shape": (1, 128, 7, 6), "out_channels": 80, **_TWO_BITS},
+)
 
 
 @dataclass(frozen=True)
@@ -91,21 +109,30 @@ ARGUMENTS: dict[str, Callable[[Problem, str], tuple[Any, ...]]] = {
         _rows(p).shape[1],
     ),
     "quantize_pack": lambda p, d: (_rows(p).x(d), _rows(p).grid(d), int(p.kind), p.levels, _rows(p).axis),
-    "lowbit_linear": lambda p, d: tuple(replace(_LOWBIT, dtype=p.dtype).arguments(d)),
-    "lowbit_conv2d": lambda p, d: tuple(
-        replace(_LOWBIT, shape=(2, 6, 9, 8), kernel=(3, 3), padding=(1, 1, 1, 1), dtype=p.dtype).arguments(d)
-    ),
 }
+
+
+def _products(op: str) -> Iterator[Call]:
+    """Every engine, the types in turn."""
+    for i, shape in enumerate(_LINEAR if op == "lowbit_linear" else _CONV):
+        window: dict[str, Any] = {} if op == "lowbit_linear" else _WINDOW
+        problem = replace(_LOWBIT, **window, **shape, dtype=(*DTYPES, torch.uint8)[i % 4])
+        yield Call(op, f"{problem}", lambda device, p=problem: tuple(p.arguments(device)))  # type: ignore[misc]
+
+
+PRODUCTS = ("lowbit_linear", "lowbit_conv2d")
+OPS = (*ARGUMENTS, *PRODUCTS)
 
 
 def calls(*ops: str) -> Iterator[Call]:
     """The calls of ``ops``, or of all: walks in turn with types and estimators, so that every walk meets every type."""
-    for op in ops or ARGUMENTS:
+    for op in ops or OPS:
+        if op in PRODUCTS:
+            yield from _products(op)
+            continue
         make = ARGUMENTS[op]
         for i, dtype in enumerate(DTYPES):
             for (shape, axis), ste in zip(_WALKS, (Ste.FULL, Ste.CLIP, Ste.IDENTITY) * 2, strict=True):
-                if op.startswith("lowbit") and shape != _WALKS[0][0]:
-                    continue
                 ste = Ste((ste + i) % 3)
                 problem = Problem(shape, dtype, axis=axis, levels=15, ste=ste)
                 yield Call(op, f"{problem}", lambda device, make=make, p=problem: make(p, device))  # type: ignore[misc]

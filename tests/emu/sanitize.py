@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build/emu-sanitize"
 SEEDS = ("0", "1", "2")
+TESTS = ("tests/emu/test_kernels.py", "tests/emu/test_products.py")
 
 # Takes the emulator from another folder than the package's.
 RUN = """
@@ -58,7 +59,7 @@ def main() -> int:
     }
     for seed in SEEDS:
         print(f"emu-sanitize: seed {seed}", flush=True)
-        command = [sys.executable, "-c", RUN, BUILD / "lib", "-q", "-x", "tests/emu/test_kernels.py"]
+        command = [sys.executable, "-c", RUN, BUILD / "lib", "-q", "-x", *TESTS]
         done = subprocess.run(command, cwd=ROOT, env={**environment, "QK_EMU_SEED": seed})
         if done.returncode != 0:
             return done.returncode

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from quantkernels.testing import ARGUMENTS, BACKENDS, calls
+from quantkernels.testing import BACKENDS, OPS, calls
 
 
 def main(name: str) -> int:
@@ -16,7 +16,7 @@ def main(name: str) -> int:
         print(f"every_kernel: {name}: {backend.missing}", file=sys.stderr)
         return 1
     count = 0
-    for op in ARGUMENTS:
+    for op in OPS:
         if not backend.has(op):
             continue
         for call in calls(op):

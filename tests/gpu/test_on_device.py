@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from quantkernels.testing import ARGUMENTS, BACKENDS, Backend, Call, assert_bit_equal, calls
+from quantkernels.testing import BACKENDS, OPS, Backend, Call, assert_bit_equal, calls
 
 ON_GPU = [b for b in BACKENDS if b.missing is None and b.on_gpu()]
 if not ON_GPU:
     pytest.skip("there is no GPU", allow_module_level=True)
 
-CASES = [(b, op) for b in ON_GPU for op in ARGUMENTS if b.has(op)]
+CASES = [(b, op) for b in ON_GPU for op in OPS if b.has(op)]
 SLEEP = 200_000_000  # cycles: some 0.1 s, far longer than any call takes to return
 
 
