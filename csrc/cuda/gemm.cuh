@@ -44,6 +44,7 @@ struct GemmArgs {
   bool aligned_planes;  // rows of planes begin at multiples of 16 bytes
   int64_t steps, steps_per_split;
   int64_t channel_tiles, pixel_tiles, splits;
+  uint32_t zero;  // to the compiler, any number
   int pair_count;
   BitPair pairs[kMaxBitPairs];
   const float* window_terms;  // [classes, out_channels]
@@ -392,6 +393,10 @@ class Gemm {
       Fragment fragment;
       fragment.load(rows, warp_channel_ + 8 * i, lane_);
       fragment.words(weights[i]);
+      // An mma takes words of two rows in neighbouring registers, a load fills such with one row's. Words that the compiler
+      // cannot know to be copies are moved once; copies it would make anew for every mma.
+#pragma unroll
+      for (uint32_t& word : weights[i]) word ^= p_.zero;
     }
   }
 

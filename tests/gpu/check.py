@@ -209,7 +209,8 @@ def conformance(check: Check) -> None:
         "-ffp-contract=off",
         "-U_FORTIFY_SOURCE",
     ]
-    host += ["-Wno-unknown-pragmas", "-x", "c++", source, ROOT / "csrc/emu/emulator.cpp", "-ldl", "-rdynamic"]
+    scheduler = [ROOT / "csrc/emu/emulator.cpp", ROOT / "csrc/emu/banks.cpp"]
+    host += ["-Wno-unknown-pragmas", "-x", "c++", source, *scheduler, "-ldl", "-rdynamic"]
     commands = {"emulator": [*host, "-o", folder / "emulator"]}
     if not check.dry_run:
         gencode = f"-gencode=arch=compute_{target()},code=sm_{target()}"
