@@ -303,11 +303,13 @@ class Gemm {
     if (p_.aligned_planes) {
       const int chunk = thread_ % kRowChunks;
       const int64_t word = int64_t{step} * (kRowBytes / 4) + chunk * (kChunk / 4);
+#pragma unroll 1
       for (int row = thread_ / kRowChunks; row < Tile::kChannels; row += kGemmThreads / kRowChunks)
         ptx::cp_async_or_zero<kChunk>(to + swizzled(row, chunk), plane_row(plane, row) + (word < words ? word : 0),
                                       word < words);
     } else {
       const int64_t word = int64_t{step} * (kRowBytes / 4) + lane_;
+#pragma unroll 1
       for (int row = thread_ / 32; row < Tile::kChannels; row += kGemmThreads / 32)
         ptx::cp_async_or_zero<4>(to + word_at(row), plane_row(plane, row) + (word < words ? word : 0), word < words);
     }
