@@ -32,7 +32,8 @@ SIZES = {
 
 
 def test_every_network_is_here():
-    assert SIZES.keys() == MODELS.keys()
+    ours = {name for name, build in MODELS.items() if build.__module__.startswith("training.")}  # tests add their own
+    assert SIZES.keys() == ours
 
 
 @pytest.mark.parametrize("name", SIZES)
