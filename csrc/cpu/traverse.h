@@ -209,8 +209,7 @@ void traverse_runs(const Layout& layout, const Walk& walk, const ChannelTable& t
   }
 }
 
-// The accumulators of the columns, kSums vectors for each vector of columns. Not an array each: rows and arrays that advance
-// alike, a power of two apart, disturb each other in the cache.
+// The accumulators of the columns: kSums vectors for each vector of columns, side by side as a strip loads and stores them.
 template <class Op>
 class ColumnSums {
  public:
