@@ -46,6 +46,12 @@ def friendly_errors() -> Iterator[None]:
         fail(str(error))
 
 
+def check_file(path: Path) -> None:
+    """Raises UserError where --out, the name of a file to write, is a folder."""
+    if path.is_dir():
+        raise UserError(f"--out must name a file, and {path} is a folder")
+
+
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or a name that `list` shows.")],
@@ -92,6 +98,7 @@ def search(
 
         root = Path("runs")
         path = out or policy_path(root / config.run.name)
+        check_file(path)
         policy = find(resolve_start(config, root), indicators_folder(config, root), print)
         policy.write(path)
     for name, (weight, activation) in policy.layers.items():
@@ -160,6 +167,7 @@ def report(
         for folder in runs:
             if not folder.is_dir():
                 raise UserError(f"there is no run in {folder}")
+        check_file(out)
         from training.report import write_report
 
         write_report(runs, out)

@@ -55,6 +55,8 @@ def test_run_and_resume(recipe, tmp_path):
         (["run", "tiny.toml", "--resume"], "there is no run in runs/tiny to resume"),
         (["run", "tiny.toml", "--out", "/proc/none"], "/proc/none"),
         (["report", "no-such-run"], "there is no run in no-such-run"),
+        (["report", ".", "--out", "."], "--out must name a file, and . is a folder"),
+        (["search", "tiny.toml", "--out", "."], "--out must name a file, and . is a folder"),
     ],
 )
 def test_mistakes_are_one_sentence(recipe, args, message):
