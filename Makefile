@@ -4,7 +4,8 @@
 #   make lint            ruff, clang-format, mypy    make bench           measure, and render the README's table
 #   make cuda-check      compile every CUDA kernel for every target: registers, spills, SASS (needs nvcc, no GPU)
 #   make emu-sanitize    the CUDA kernels in the emulator, under AddressSanitizer and UBSan
-#   make gpu-check       on a machine with a GPU, with $(PYTHON) as it is and offline: PART=build+tests|sanitize|bench, OUT=folder
+#   make gpu-check       on a machine with a GPU, with $(PYTHON) as it is and offline: PART=build+tests|sanitize|bench[-products|-networks|-elementwise],
+#                        OUT=folder
 #   make native          compile into quantkernels/_lib with $(PYTHON), no .venv
 # TORCH_INDEX: another package index for torch alone (for instance PyTorch's own index of CPU builds).
 

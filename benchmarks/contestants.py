@@ -31,9 +31,10 @@ def values(shape: Sequence[int], dtype: str = "float32") -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
 
 
-def random_codes(shape: Sequence[int], bits: int) -> Tensor:
-    """uint8 codes of ``bits`` bits, the same at each call."""
-    return torch.randint(2**bits, tuple(shape), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+def random_codes(shape: Sequence[int], bits: int, device: str = "cpu", seed: int = 1) -> Tensor:
+    """uint8 codes of ``bits`` bits, the same at each call with a seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randint(2**bits, tuple(shape), generator=generator, device=device, dtype=torch.uint8)
 
 
 def copy_of(x: Tensor) -> Run:
@@ -168,11 +169,17 @@ def quantize_pack(bits: int, shape: Sequence[int], dtype: str, axis: int | None,
     return found
 
 
-def packed_weight(rows: int, length: int, bits: int) -> tuple[Tensor, Tensor, int, int]:
+WEIGHT_RANGE = 0.02  # random weights lie between minus this and this
+
+
+def packed_weight(
+    rows: int, length: int, bits: int, device: str = "cpu", seed: int = 1
+) -> tuple[Tensor, Tensor, int, int]:
     """planes, grid, kind and levels of a random weight with a grid a row; one bit is binary (BWN)."""
     kind, levels = (Kind.BINARY, 1) if bits == 1 else (Kind.UNIFORM, 2**bits - 1)
-    planes = qk.ops.pack_bitplanes(random_codes((rows, length), bits), kind, levels)
-    return planes, torch.tensor([[-0.02, 0.04 / levels, 0.0]]).repeat(rows, 1), kind, levels
+    planes = qk.ops.pack_bitplanes(random_codes((rows, length), bits, device, seed), kind, levels)
+    grid = torch.tensor([[-WEIGHT_RANGE, 2 * WEIGHT_RANGE / levels, 0.0]], device=device)
+    return planes, grid.repeat(rows, 1), kind, levels
 
 
 def coding(bits: int) -> tuple[Tensor, int, int]:
@@ -217,12 +224,36 @@ def conv(x_shape: Sequence[int], outputs: int, kernel: int, stride: int, w_bits:
     }
 
 
-def float_resnet(stem: str) -> nn.Module:
-    """ResNet-18 with the same random weights at each call."""
+def float_resnet(stem: str, width: float = 1.0) -> nn.Module:
+    """ResNet-18 (``width`` times as wide) with the same random weights at each call."""
     from training.models.resnet import resnet18
 
     torch.manual_seed(0)
-    return resnet18(10 if stem == "cifar" else 1000, 3, stem)
+    return resnet18(10 if stem == "cifar" else 1000, 3, stem, width)
+
+
+def dqa_resnet(bits: Sequence[int], width: float = 1.0) -> nn.Module:
+    """ResNet-18 for small images with the library's DQA weights, all layers but the first and the last."""
+    mixture = qk.Attention([qk.MinMax(n) for n in bits])
+    return qk.prepare(float_resnet("cifar", width), weight=mixture, activation=None, skip=qk.first_and_last)
+
+
+def plain_dqa_resnet(bits: Sequence[int], width: float = 1.0) -> nn.Module:
+    """The same network by the plain formulation."""
+    model = float_resnet("cifar", width)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and name != "conv1":
+            weight = plain.AttentionWeight([2**n - 1 for n in bits])
+            nn.utils.parametrize.register_parametrization(layer, "weight", weight)
+    return model
+
+
+def packed_resnet(w_bits: int, a_bits: int, width: float = 1.0) -> nn.Module:
+    """ResNet-18 packed, in eval, all layers but the first and the last."""
+    weight, activation = qk.MinMax(w_bits), qk.PACT(a_bits)
+    model = float_resnet("imagenet", width)
+    prepared = qk.prepare(model, weight=weight, activation=activation, skip=qk.first_and_last)
+    return qk.convert(prepared.eval())
 
 
 def training_step(bits: Sequence[int], shape: Sequence[int]) -> Contestants:
@@ -240,22 +271,16 @@ def training_step(bits: Sequence[int], shape: Sequence[int]) -> Contestants:
 
         return step
 
-    mixture = qk.Attention([qk.MinMax(n) for n in bits])
-    ours = qk.prepare(float_resnet("cifar"), weight=mixture, activation=None, skip=qk.first_and_last)
-    eager = float_resnet("cifar")
-    for name, layer in eager.named_modules():
-        if isinstance(layer, nn.Conv2d) and name != "conv1":
-            weight = plain.AttentionWeight([2**n - 1 for n in bits])
-            nn.utils.parametrize.register_parametrization(layer, "weight", weight)
-    return {OURS: run_of(ours), FP32: run_of(float_resnet("cifar")), EAGER: run_of(eager)}
+    return {
+        OURS: run_of(dqa_resnet(bits)),
+        FP32: run_of(float_resnet("cifar")),
+        EAGER: run_of(plain_dqa_resnet(bits)),
+    }
 
 
 def packed_inference(w_bits: int, a_bits: int, shape: Sequence[int], compiles: bool) -> Contestants:
     """ResNet-18 packed, in torch's int8, and float with channels_last (compiled)."""
     image = values(shape).contiguous(memory_format=torch.channels_last)
-    prepared = qk.prepare(
-        float_resnet("imagenet"), weight=qk.MinMax(w_bits), activation=qk.PACT(a_bits), skip=qk.first_and_last
-    )
     floats = float_resnet("imagenet").eval().to(memory_format=torch.channels_last)
 
     def run_of(model: Callable[[Tensor], Tensor]) -> Run:
@@ -266,7 +291,7 @@ def packed_inference(w_bits: int, a_bits: int, shape: Sequence[int], compiles: b
         return run
 
     return {
-        OURS: run_of(qk.convert(prepared.eval())),
+        OURS: run_of(packed_resnet(w_bits, a_bits)),
         INT8: run_of(int8.resnet(float_resnet("imagenet").eval())),
         **({FP32_COMPILED: run_of(torch.compile(floats, dynamic=False))} if compiles else {FP32: run_of(floats)}),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,10 @@ class OfPeak:
         """The goal in words."""
         return f"≥ {100 * self.factor:g} % of peak"
 
-    def judge(self, entry: Mapping[str, Any], limits: Mapping[str, float]) -> tuple[float, bool]:
-        """The figure and whether it meets the goal."""
+    def judge(self, entry: Mapping[str, Any], limits: Mapping[str, float]) -> tuple[float, bool] | None:
+        """The figure and whether it meets the goal; None if the peak was not measured."""
+        if "limit_seconds" not in entry:
+            return None
         percent = 100 * entry["limit_seconds"] / entry["seconds"][OURS]
         return percent, percent >= 100 * self.factor
 
@@ -85,4 +87,33 @@ class PerCore:
         return value, value >= self.tera
 
 
-Goal = Faster | Within | OfPeak | PerCore
+@dataclass(frozen=True)
+class AtMost:
+    """At most ``seconds``."""
+
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """The goal in words."""
+        return f"≤ {1e6 * self.seconds:g} us"
+
+    def judge(self, entry: Mapping[str, Any], limits: Mapping[str, float]) -> tuple[float, bool]:
+        """The figure, in microseconds, and whether it meets the goal."""
+        seconds = entry["seconds"][OURS]
+        return 1e6 * seconds, seconds <= self.seconds
+
+
+Goal = Faster | Within | OfPeak | PerCore | AtMost
+
+
+def judged(goals: Sequence[Goal], entry: Mapping[str, Any], limits: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What is kept of the goals of an entry: words, figure, and whether it is met; those whose rival was not measured
+    are left out."""
+    results = [(goal, goal.judge(entry, limits)) for goal in goals]
+    return [{"goal": goal.text, "value": figure(r[0]), "met": r[1]} for goal, r in results if r is not None]
+
+
+def figure(value: float) -> float:
+    """Four digits: more would be noise. Counts stay as they are."""
+    return value if isinstance(value, int) else float(f"{value:.4g}")

@@ -3,22 +3,16 @@
     python -m benchmarks.gpu --out FILE [--seconds 420]     every job at 2^28 and 2^20 elements, as JSON
     python -m benchmarks.gpu --out FILE --quick             tiny, without torch.compile; on the CPU if need be
 
-Device time by events, the caches flushed before each call, inputs rotating among several sets of random values;
-medians. A call is queued behind other work, so the time of launching it is not in it; ``host_seconds`` is that time.
-``of_copy`` is the share of the bandwidth of `Tensor.copy_` on as many elements, where a job counts the bytes that it
-cannot do without.
+How: benchmarks/device.py. ``of_copy`` is the share of the bandwidth of `Tensor.copy_` on as many elements, where a job
+counts the bytes that it cannot do without.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
-from time import monotonic, perf_counter
 from typing import Any
 
 import torch
@@ -27,6 +21,7 @@ from torch import Tensor
 import quantkernels as qk
 from benchmarks import plain
 from benchmarks.contestants import DTYPES, HIGH, LOW, grid_over
+from benchmarks.device import SETS, Record, Run, draw, kernels, main
 from quantkernels.ops import Encoding, Kind, Ste
 
 GOAL = 0.85  # of the copy bandwidth, at the large size
@@ -36,11 +31,6 @@ BITS = 4
 LEVELS = 2**BITS - 1
 MEMBERS = (3, 15, 255)  # highest codes of a mixture of 2, 4 and 8 bits
 SHARES = (0.5, 0.3, 0.2)  # its attention
-SETS = 3  # of inputs, in turn
-QUEUED_CYCLES = 400_000  # that the device waits while a small call is queued: some 0.2 ms
-ROUNDS = 21
-
-Run = Callable[[], Any]
 
 
 @dataclass
@@ -160,48 +150,6 @@ JOBS = (
 )
 
 
-class Clock:
-    """Times calls on a device."""
-
-    def __init__(self, device: str, quick: bool) -> None:
-        self.device, self.rounds = device, 3 if quick else ROUNDS
-        cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
-        self.flushed = torch.empty(max(1 << 16, 4 * cache), dtype=torch.uint8, device=device)
-
-    def seconds(self, runs: Sequence[Run]) -> tuple[float, float]:
-        """Median seconds of a call on the device, and on the host until it returns; one run after the other."""
-        for run in runs:
-            run()
-        return self._on_gpu(runs) if self.device == "cuda" else self._on_cpu(runs)
-
-    def _on_cpu(self, runs: Sequence[Run]) -> tuple[float, float]:
-        times = []
-        for i in range(self.rounds):
-            begin = perf_counter()
-            runs[i % len(runs)]()
-            times.append(perf_counter() - begin)
-        return median(times), median(times)
-
-    def _on_gpu(self, runs: Sequence[Run]) -> tuple[float, float]:
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(self.rounds)
-        ]
-        host = []
-        torch.cuda.synchronize()
-        for i, (begin, end) in enumerate(events):
-            self.flushed.random_(0, 255)
-            torch.cuda._sleep(QUEUED_CYCLES)
-            begin.record()
-            start = perf_counter()
-            runs[i % len(runs)]()
-            host.append(perf_counter() - start)
-            end.record()
-            if i % 4 == 3:
-                torch.cuda.synchronize()  # or the queue would fill, and the host would wait inside a call
-        torch.cuda.synchronize()
-        return median(begin.elapsed_time(end) for begin, end in events) / 1e3, median(host)
-
-
 def inputs_of(size: int, dtype: str, layout: str, device: str) -> list[Inputs]:
     """Sets of random values: per tensor, or of CHANNELS channels outside or inside."""
     shapes = {
@@ -212,20 +160,10 @@ def inputs_of(size: int, dtype: str, layout: str, device: str) -> list[Inputs]:
     axis = {"tensor": None, "outer": 0, "inner": 1}[layout]
     sets = []
     for seed in range(SETS):
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = draw(seed, device)
         x, grad = (torch.randn(shapes[layout], generator=generator, device=device).to(DTYPES[dtype]) for _ in range(2))
         sets.append(Inputs(x, grad, axis))
     return sets
-
-
-def launches(run: Run, device: str) -> int | None:
-    """Kernels that a call launches."""
-    if device != "cuda":
-        return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
 
 
 def step_of(function: Callable[[Inputs], Tensor], i: Inputs) -> Run:
@@ -241,17 +179,13 @@ def step_of(function: Callable[[Inputs], Tensor], i: Inputs) -> Run:
     return run
 
 
-class Bench:
-    """One run: the results so far, and the time that is left."""
+class Bench(Record):
+    """The element-wise families."""
 
     def __init__(self, out: Path, seconds: float, quick: bool) -> None:
-        self.out, self.quick, self.end = out, quick, monotonic() + seconds
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.clock = Clock(self.device, quick)
+        super().__init__(out, seconds, quick)
         self.sizes = (1 << 16, 1 << 14) if quick else (LARGE, SMALL)
         self.copies: dict[str, float] = {}
-        self.results: dict[str, dict[str, Any]] = {}
-        self.left_out: list[str] = []
 
     def go(self) -> None:
         """Our own times first: they are what the rivals' are worth nothing without."""
@@ -277,39 +211,49 @@ class Bench:
             seconds, _ = self.clock.seconds([lambda i=i: target.copy_(i.x) for i in sets])
             self.copies[key] = 2 * size * element / seconds
         for job in JOBS:
-            if job.per_row and layout == "inner":
-                continue
-            runs = [partial(job.run, torch.ops.quantkernels, i) for i in sets]
-            seconds, host = self.clock.seconds(runs)
-            rate = job.bytes(element) * size / seconds
-            entry = {"seconds": seconds, "host_seconds": host, "gbs": rate / 1e9, "of_copy": rate / self.copies[key]}
-            if (dtype, layout) == ("float32", "tensor"):
-                entry["launches"] = launches(runs[0], self.device)
-            if size == self.sizes[0]:
-                entry["goal_met"] = entry["of_copy"] >= GOAL
-            self.results[f"{job.name}-{size}-{dtype}-{layout}"] = entry
+            if not (job.per_row and layout == "inner"):
+                name = f"{job.name}-{size}-{dtype}-{layout}"
+                self.attempt(name, partial(self.measure_job, name, job, sets, size, dtype, layout))
         self.save()
+
+    def measure_job(self, name: str, job: Job, sets: Sequence[Inputs], size: int, dtype: str, layout: str) -> None:
+        """One op on one kind of tensor."""
+        element = DTYPES[dtype].itemsize
+        runs = [partial(job.run, torch.ops.quantkernels, i) for i in sets]
+        seconds, host = self.clock.seconds(runs)
+        rate, copy = job.bytes(element) * size / seconds, self.copies[f"{size}-{dtype}"]
+        entry = {"seconds": seconds, "host_seconds": host, "gbs": rate / 1e9, "of_copy": rate / copy}
+        if size == self.sizes[0]:
+            entry["goal_met"] = entry["of_copy"] >= GOAL
+        self.results[name] = entry
+        if (dtype, layout) == ("float32", "tensor"):
+            launched = kernels(runs[0], self.device)
+            entry["launches"] = None if launched is None else len(launched)
 
     def rivals(self, size: int) -> None:
         """Triton's kernels, the plain formulation eager and compiled; forward, and a step with autograd."""
         sets = inputs_of(size, "float32", "tensor", self.device)
         for job in JOBS:
-            entry = self.results[f"{job.name}-{size}-float32-tensor"]
-            if self.has_triton(job.name):
-                runs = [partial(job.run, torch.ops.quantkernels_triton, i) for i in sets]
-                entry["triton"] = self.timed(f"{job.name}-triton-{size}", runs)
-            for name, function in self.plainly(job.rivals):
-                entry[name] = self.timed(f"{job.name}-{name}-{size}", [partial(function, i.x) for i in sets])
-            if job.with_step is None:
-                continue
-            step = entry["step"] = {
-                "seconds": self.timed(f"{job.name}-step", [step_of(job.with_step, i) for i in sets])
-            }
-            for name, function in self.plainly(job.rivals):
-                step[name] = self.timed(
-                    f"{job.name}-step-{name}-{size}", [step_of(lambda i, f=function: f(i.x), i) for i in sets]
-                )
+            name = f"{job.name}-{size}-float32-tensor"
+            if "seconds" in self.results.get(name, {}):
+                self.attempt(f"{name}, rivals", partial(self.rivals_of, job, self.results[name], sets, size))
             self.save()
+
+    def rivals_of(self, job: Job, entry: dict[str, Any], sets: Sequence[Inputs], size: int) -> None:
+        """Of one op."""
+        if self.has_triton(job.name):
+            runs = [partial(job.run, torch.ops.quantkernels_triton, i) for i in sets]
+            entry["triton"] = self.timed(f"{job.name}-triton-{size}", runs)
+        for name, function in self.plainly(job.rivals):
+            entry[name] = self.timed(f"{job.name}-{name}-{size}", [partial(function, i.x) for i in sets])
+        if job.with_step is None:
+            return
+        seconds = self.timed(f"{job.name}-step", [step_of(job.with_step, i) for i in sets])
+        step = entry["step"] = {"seconds": seconds}
+        for name, function in self.plainly(job.rivals):
+            step[name] = self.timed(
+                f"{job.name}-step-{name}-{size}", [step_of(lambda i, f=function: f(i.x), i) for i in sets]
+            )
 
     def has_triton(self, op: str) -> bool:
         """Whether the op has a Triton kernel that runs compiled here."""
@@ -327,48 +271,23 @@ class Bench:
             torch.compiler.reset()
             yield "compile", torch.compile(function, dynamic=False)
 
-    def timed(self, name: str, runs: Sequence[Run]) -> float | None:
-        """Seconds on the device; None where no time was left, or memory."""
-        if monotonic() > self.end:
-            self.left_out.append(f"{name}: no time left")
-            return None
-        try:
-            return self.clock.seconds(runs)[0]
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            self.left_out.append(f"{name}: not enough memory")
-            return None
-
-    def save(self) -> None:
-        """Write what there is."""
-        copies = {key: value / 1e9 for key, value in self.copies.items()}
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        found = {"device": self.device, "copy_gbs": copies, "results": self.results, "left_out": self.left_out}
-        self.out.write_text(json.dumps(found, indent=1) + "\n")
+    def facts(self) -> Mapping[str, Any]:
+        """The copy bandwidth by size and type."""
+        return {"copy_gbs": {key: value / 1e9 for key, value in self.copies.items()}}
 
     def lines(self) -> Iterator[str]:
         """A table: time, share of the copy bandwidth, launches, rivals."""
         for name, entry in self.results.items():
+            if "wrong" in entry:
+                yield f"{name:<56} WRONG: {entry['wrong']}"
+            if "seconds" not in entry:
+                continue
             rivals = {k: entry[k] for k in ("triton", "eager", "compile") if entry.get(k)}
             ratios = "  ".join(f"{k} {value / entry['seconds']:.2f}x" for k, value in rivals.items())
             kernels = f"  {entry['launches']} launches" if entry.get("launches") else ""
             share = f"{1e6 * entry['seconds']:>10.1f} us{100 * entry['of_copy']:>7.1f} % of copy"
-            yield f"{name:<52}{share}{kernels}  {ratios}"
-
-
-def main() -> None:
-    """Measure, write the file, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=420.0, help="after which no rival is begun (default: 420)")
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    run = Bench(options.out, options.seconds, options.quick)
-    run.go()
-    print("\n".join(run.lines()))
-    for line in run.left_out:
-        print("left out:", line)
+            yield f"{name:<56} {share}{kernels}  {ratios}"
 
 
 if __name__ == "__main__":
-    main()
+    main(Bench, __doc__)

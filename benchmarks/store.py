@@ -18,6 +18,7 @@ import torch
 
 import quantkernels as qk
 from benchmarks.compare import OURS, Times
+from benchmarks.goals import figure, judged
 from benchmarks.limits import level2_bytes
 from benchmarks.workloads import Workload
 
@@ -100,18 +101,8 @@ def entry(workload: Workload, times: Mapping[str, Times], limits: Mapping[str, f
         found["operations"] = workload.operations
     if workload.bytes:
         found["bytes"] = workload.bytes
-    judged = [(goal, goal.judge(found, limits)) for goal in workload.goals]
-    found["goals"] = [
-        {"goal": goal.text, "value": figure(result[0]), "met": result[1]}
-        for goal, result in judged
-        if result is not None
-    ]
+    found["goals"] = judged(workload.goals, found, limits)
     return found
-
-
-def figure(value: float) -> float:
-    """Four digits: more would be noise. Counts stay as they are."""
-    return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
 def read(path: Path) -> dict[str, Any]:

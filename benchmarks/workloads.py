@@ -6,11 +6,15 @@ the contestants of benchmarks/contestants.py. ``quick`` keeps the form and shrin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 from benchmarks import contestants
 from benchmarks.contestants import (
@@ -65,6 +69,67 @@ RESNET18 = {
 }
 BATCHES = (1, 32)
 CONV_BITS = ((8, 8), (4, 8), (2, 2))
+
+# On a GPU.
+GPU_FEATURES = 8192
+GPU_ROWS = (8192, 1, 128, 1024, 16)  # the goals' first
+GPU_LINEAR_BITS = (*((w_bits, 8) for w_bits in (4, 8, 2, 1, 3, 5, 6, 7)), (2, 2), (1, 1))
+GPU_BATCHES = (256, 32)
+GPU_NETWORK_BATCHES = (1, 32, 256)
+GPU_TRAINING_BATCH = 128
+
+
+class ConvLayer(NamedTuple):
+    """A convolution of a square image, with a square kernel."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    padding: int
+    groups: int
+    image: int
+
+    @property
+    def name(self) -> str:
+        """For instance 64-128-k3-s2-56."""
+        text = f"{self.inputs}-{self.outputs}-k{self.kernel}-s{self.stride}-{self.image}"
+        return text if self.groups == 1 else f"{text}-g{self.groups}"
+
+    @property
+    def out_image(self) -> int:
+        """Pixels along a side of the output."""
+        return (self.image + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def row_length(self) -> int:
+        """Taps of an output channel."""
+        return self.kernel**2 * self.inputs // self.groups
+
+    def operations(self, batch: int) -> int:
+        """Two a multiply-add."""
+        return 2 * batch * self.outputs * self.out_image**2 * self.row_length
+
+
+def conv_layers(network: str, image: int = 224) -> Counter[ConvLayer]:
+    """The convolutions that a network of training.models computes for an image, and how often each."""
+    from training.models import build_model
+
+    found: Counter[ConvLayer] = Counter()
+
+    def note(layer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
+        channels = layer.in_channels, layer.out_channels
+        found[ConvLayer(*channels, kernel, stride, padding, layer.groups, inputs[0].shape[-1])] += 1
+
+    with torch.device("meta"), torch.no_grad():
+        model = build_model(network, 1000).eval()
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(note)
+        model(torch.empty(1, 3, image, image))
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # The CUDA library: built whenever nvcc is there, whether or not this machine has a GPU.
-set(QK_CUDA_FAMILIES stats fake_quantize attention learned_basis bitplanes lowbit gemm matmul conv)
+set(QK_CUDA_FAMILIES stats fake_quantize attention learned_basis bitplanes lowbit gemm matmul conv peaks)
 
 set(QK_CUDA_BUILT "")
 set(QK_CUDA_REASON "left out (QK_CUDA=0)")

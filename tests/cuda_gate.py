@@ -156,11 +156,11 @@ def failures_of(kernels: dict[str, Kernel], known: dict[str, dict[str, int]], ta
 
 
 def product_failures(name: str, sass: str) -> list[str]:
-    """What a matrix product on the tensor cores lacks: its instruction (csrc/cuda/gemm.cuh), and wide copies."""
-    found = re.match(r"gemm_kernel<Tile<\d+, \d+>, (true|false), (\d+)>", name)
+    """What a matrix product on the tensor cores (csrc/cuda/gemm.cuh, peaks.cuh) lacks: its instruction, wide copies."""
+    found = re.match(r"(?:gemm_kernel<Tile<\d+, \d+>, |mma_peak_kernel<)(true|false)(?:, (\d+))?>", name)
     if found is None:
         return []
-    bits, copy = found[1] == "true", int(found[2])
+    bits, copy = found[1] == "true", int(found[2] or 0)
     wanted, other = (r"\bBMMA\.168256\.AND\.POPC\b", r"\bIMMA\b") if bits else (r"\bIMMA\.16832\.U8\.U8\b", r"\bBMMA\b")
     failures = []
     if not re.search(wanted, sass) or re.search(other, sass):

@@ -70,6 +70,8 @@ COPY = "LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64], !PT ;"
         (BYTES, IMMA + COPY, []),
         (BITS, BMMA + COPY, []),
         ("finish_kernel", "", []),
+        ("mma_peak_kernel<false>", IMMA, []),
+        ("mma_peak_kernel<true>", IMMA, ["multiplies bits without"]),
         (BYTES, "IMAD R4, R5, R6, R7 ;" + COPY, ["multiplies bytes without"]),
         (BITS, IMMA + COPY, ["multiplies bits without"]),
         (BITS, BMMA.replace("AND", "XOR"), ["multiplies bits without", "does not copy 16 bytes"]),

@@ -69,9 +69,14 @@ def test_dry_run_of_the_sanitizers(tmp_path: Path) -> None:
 
 
 def test_dry_run_of_the_benchmarks(tmp_path: Path) -> None:
+    """All three of them; tests/test_gpu_benchmarks.py looks closer."""
     code, report, output = run("bench", tmp_path, "--dry-run")
     assert code == 0, output
-    detail = report["steps"][-1]["detail"]
+    found = {step["name"]: step for step in report["steps"]}
+    for name in CHECK.BENCHMARKS:
+        assert found[f"bench {name}"]["status"] == "passed"
+        assert found[f"bench {name}"]["detail"]["results"]
+    detail = found["bench elementwise"]["detail"]
     assert detail["device"] == "cpu" and detail["copy_gbs"]
     for entry in detail["results"].values():
         assert entry["seconds"] > 0 and entry["of_copy"] > 0
@@ -93,11 +98,15 @@ def test_a_failing_step_fails_the_report_and_shows_its_end(tmp_path: Path) -> No
     assert step.status == "failed" and step.detail["tail"] == ["why"]
     slow = check.record(check.command("slow", [sys.executable, "-c", "import time; time.sleep(60)"], limit=1.0))
     assert slow.status == "timed out" and slow.seconds < 30
+    grandchild = "import subprocess as s, time; s.Popen(['sleep', '60']); time.sleep(60)"
+    slow = check.record(check.command("grandchild", [sys.executable, "-c", grandchild], limit=2.0))
+    assert slow.status == "timed out" and slow.seconds < 30
     assert check.record(check.command("absent", [tmp_path / "no-such-program"])).status == "missing"
     assert not check.report()["passed"]
     assert statuses(json.loads(check.path.read_text())) == {
         "broken": "failed",
         "slow": "timed out",
+        "grandchild": "timed out",
         "absent": "missing",
     }
 

@@ -2,7 +2,10 @@
 
     python tests/gpu/check.py --part build+tests --out DIR    build for this GPU, op tests, PTX conformance, graphs
     python tests/gpu/check.py --part sanitize --out DIR       compute-sanitizer over a small set of every kernel
-    python tests/gpu/check.py --part bench --out DIR          against eager, torch.compile and measured copy bandwidth
+    python tests/gpu/check.py --part bench --out DIR          all of the benchmarks, each a share of the time
+    python tests/gpu/check.py --part bench-products --out DIR one of them: low-bit products against cuBLAS and cuDNN
+    python tests/gpu/check.py --part bench-networks --out DIR one of them: ResNet-18, packed and in training
+    python tests/gpu/check.py --part bench-elementwise --out DIR  one of them: quantizers against copy bandwidth
 
 Each part ends within `--limit` seconds (480) and writes gpu-check-<part>.json and .log into DIR; what did not fit is
 said to have timed out. Exit status: 0 all passed, 1 something failed, 2 something that it needs is missing.
@@ -16,10 +19,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -28,11 +33,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FORMAT = 1
-PARTS = ("build+tests", "sanitize", "bench")
+BENCHMARKS = {"products": "gpu_products", "networks": "gpu_networks", "elementwise": "gpu"}  # worth most first
+PARTS = ("build+tests", "sanitize", "bench", *(f"bench-{name}" for name in BENCHMARKS))
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Folders of the op tests come first: they take longest.
 TESTS = ("tests/ops/test_*.py", "tests/gpu/test_*.py", "tests/nn/test_backends.py", "tests/quantizers/test_encode.py")
 MODULES = ("torch", "setuptools", "pybind11", "pytest", "numpy")
+ENDING = 30  # seconds that a benchmark may take to end what it began, and to start
+TABLE = 40  # lines of its table that are shown; the log has all
 NO_TESTS = 5  # pytest's exit status where a file has none for the backend
 FAILED = ("failed", "missing", "timed out")
 
@@ -90,28 +98,44 @@ class Check:
             "steps": [asdict(step) for step in self.steps],
         }
 
-    def command(self, name: str, command: list[Any], limit: float | None = None, **environment: str) -> Step:
-        """Run a command with its output in the log; the step is not recorded yet."""
+    def command(
+        self, name: str, command: list[Any], limit: float | None = None, shown: int = 0, **environment: str
+    ) -> Step:
+        """Run a command with its output in the log, the last ``shown`` lines on the terminal too; the step is not
+        recorded yet."""
         begin = time.monotonic()
         env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
         timeout = max(1.0, min(self.left, limit or self.left))
         words = list(map(str, command))
-        detail: dict[str, Any] = {}
-        try:
-            pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            done = subprocess.run(words, cwd=ROOT, env=env, timeout=timeout, **pipe)
-            status, output = ("passed" if done.returncode == 0 else "failed"), done.stdout
-            detail["exit"] = done.returncode
-        except subprocess.TimeoutExpired as error:
-            status, output = "timed out", error.stdout or b""
-        except OSError as error:
-            status, output = "missing", str(error).encode()
-        text = output.decode(errors="replace")
-        self.log.write(f"==== {name}: {' '.join(words)}\n{text}\n")
+        status, code, output = run_within(words, timeout, env)
+        detail: dict[str, Any] = {} if code is None else {"exit": code}
+        lines = output.decode(errors="replace").splitlines()
+        self.log.write("\n".join([f"==== {name}: {' '.join(words)}", *lines, ""]))
         self.log.flush()
+        if shown:
+            print("\n".join(lines[-shown:]), flush=True)
         if status != "passed":
-            detail["tail"] = text.splitlines()[-15:]
+            detail["tail"] = lines[-15:]
         return Step(name, status, round(time.monotonic() - begin, 1), detail)
+
+
+def run_within(words: list[str], timeout: float, env: dict[str, str]) -> tuple[str, int | None, bytes]:
+    """A step's status, the exit status and the output. At the time-out all that the command has started is ended:
+    what a grandchild holds open would be waited for."""
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    try:
+        process = subprocess.Popen(words, cwd=ROOT, env=env, **pipe)
+    except OSError as error:
+        return "missing", None, str(error).encode()
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return "timed out", None, output
+    return ("passed" if process.returncode == 0 else "failed"), process.returncode, output
 
 
 def machine() -> dict[str, Any]:
@@ -153,7 +177,7 @@ def tool(name: str) -> str | None:
 def requirements(check: Check) -> bool:
     """Whether everything is here; what is not is named, with what it is for."""
     missing = [f"the Python package {name}" for name in MODULES if not find_spec(name)]
-    if check.part == "bench" and not check.dry_run and not find_spec("triton"):
+    if check.part.startswith("bench") and not check.dry_run and not find_spec("triton"):
         missing.append("the Python package triton (for torch.compile)")
     if not check.dry_run:
         missing += [f"the program {name}" for name in ("nvcc", "cmake", "g++") if not tool(name)]
@@ -299,15 +323,22 @@ def sanitize(check: Check) -> None:
             check.record(step)
 
 
-def bench(check: Check) -> None:
-    """benchmarks/gpu.py in a process of its own; its results become the step's detail."""
-    results = check.path.with_name("gpu-bench.json")
-    results.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", results, "--seconds", max(1, int(check.left - 30))]
-    step = check.command("bench", [*command, "--quick"] if check.dry_run else command)
-    if results.exists():
-        step.detail |= json.loads(results.read_text())
-    check.record(step)
+def bench(check: Check, names: Sequence[str]) -> None:
+    """Each benchmark in a process of its own, the time that is left shared out evenly; results become details."""
+    for i, name in enumerate(names):
+        results = check.path.with_name(f"gpu-bench-{name}.json")
+        results.unlink(missing_ok=True)
+        share = check.left / (len(names) - i)
+        seconds = max(1, int(share - ENDING))
+        command = [sys.executable, "-m", f"benchmarks.{BENCHMARKS[name]}", "--out", results, "--seconds", seconds]
+        command += ["--quick"] if check.dry_run else []
+        step = check.command(f"bench {name}", command, limit=share, shown=TABLE)
+        if results.exists():
+            step.detail |= json.loads(results.read_text())
+        check.record(step)
+    for goal in (goal for step in check.steps for goal in step.detail.get("goals", [])):
+        verdict = "met" if goal["met"] else "NOT MET"
+        check.say(f"gpu-check: goal: {goal['of']}: {goal['goal']}: {goal['value']:.4g}, {verdict}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -328,7 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.part == "sanitize":
             sanitize(check)
         else:
-            bench(check)
+            name = options.part.removeprefix("bench").removeprefix("-")
+            bench(check, [name] if name else list(BENCHMARKS))
     report = check.report()
     check.path.write_text(json.dumps(report, indent=1) + "\n")
     verdict = "passed" if report["passed"] else "FAILED"
