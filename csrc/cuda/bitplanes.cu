@@ -7,8 +7,13 @@ namespace {
 
 int64_t warps_of(const Context& context) { return int64_t{context.multiprocessors} * kBlocksPerMultiprocessor * kWarps; }
 
+// alike: rows have the same parameters. Those that end with their words are then one long row, of which no lane idles.
 template <Kind kKind, class Source>
-void pack(const Context& context, const Source& source, Packing packing, int32_t* planes, int32_t* plane_sums) {
+void pack(const Context& context, const Source& source, bool alike, Packing packing, int32_t* planes, int32_t* plane_sums) {
+  if (alike && !plane_sums && packing.columns % kWordBits == 0) {
+    packing.columns *= packing.rows, packing.words *= packing.rows;
+    packing.rows = 1;
+  }
   const auto multiple = [](const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   packing.slices = std::clamp<int64_t>(warps_of(context) / packing.rows, 1, divide_up(packing.words, int64_t{kWordsAWarp}));
   packing.aligned = packing.columns % kCodesALane == 0 && multiple(source.x, kCodesALane * sizeof(*source.x));
@@ -23,8 +28,8 @@ void pack(const Context& context, const Source& source, Packing packing, int32_t
 
 void pack_bitplanes(const PackArgs& args, const Context& context) {
   with_kind(args.kind, [&]<Kind kKind>() {
-    pack<kKind>(context, StoredCodes<kKind>{args.codes}, {args.rows, args.columns, args.words, 1, args.bits, false, false},
-                args.planes, nullptr);
+    pack<kKind>(context, StoredCodes<kKind>{args.codes}, true,
+                {args.rows, args.columns, args.words, 1, args.bits, false, false}, args.planes, nullptr);
   });
 }
 
@@ -33,8 +38,8 @@ void quantize_pack(const QuantizePackArgs& args, const Context& context) {
     with_kind(args.kind, [&]<Kind kKind>() {
       const QuantizedCodes<T, kKind> source{static_cast<const T*>(args.x), args.grid, args.per_row,
                                             static_cast<float>(args.levels)};
-      pack<kKind>(context, source, {args.rows, args.columns, args.words, 1, args.bits, false, false}, args.planes,
-                  args.plane_sums);
+      pack<kKind>(context, source, !args.per_row, {args.rows, args.columns, args.words, 1, args.bits, false, false},
+                  args.planes, args.plane_sums);
     });
   });
 }

@@ -76,9 +76,15 @@ PreparedActivation prepare_activation(const LowbitArgs& args, const ProductPlan&
   const int64_t tap_bytes = tap_bytes_of(g, plan.engine);
   if (plan.engine != Engine::kBits) return {prepare_codes(args, tap_bytes, context), 0, tap_bytes};
   const int64_t channels = g.in_channels / g.groups, rows = input_pixels(g) * g.groups;
-  const uint8_t* const codes = prepare_codes(args, channels, context);
   const int bits = bits_of(args.x_kind, args.x_levels);
   uint8_t* const planes = bytes(context, bits * rows * tap_bytes);
+  if (rows > 0 && args.x_dtype != DType::kUInt8 && is_channels_last(args)) {
+    quantize_pack({rows, channels, words_of(channels), args.x_dtype, args.x_kind, args.x_levels, bits, false,
+                   args.epilogue.x_grid, args.x, reinterpret_cast<int32_t*>(planes), nullptr},
+                  context);
+    return {planes, rows * tap_bytes, tap_bytes};
+  }
+  const uint8_t* const codes = prepare_codes(args, channels, context);
   if (rows > 0)
     pack_bitplanes(
         {rows, channels, words_of(channels), args.x_kind, args.x_levels, bits, codes, reinterpret_cast<int32_t*>(planes)},

@@ -139,6 +139,25 @@ def test_every_pair_of_quantizers(x_quantizer: tuple[int, int], w_quantizer: tup
     assert_bit_equal(run(problem, EMU.ops), reference.lowbit_linear(*problem.arguments()))
 
 
+FLOATS = [
+    ({"shape": (9, 1408), "out_channels": 20}, (Kind.UNIFORM, 3), torch.float32),
+    ({"shape": (9, 200), "out_channels": 20}, (Kind.TERNARY, 2), torch.float16),
+    ({"shape": (2, 128, 4, 5), "out_channels": 20, **CONV}, (Kind.UNIFORM, 3), torch.bfloat16),
+    ({"shape": (2, 192, 4, 5), "out_channels": 20, "groups": 2, **CONV}, (Kind.BINARY, 1), torch.float32),
+]
+
+
+@pytest.mark.parametrize(("shape", "x_quantizer", "dtype"), FLOATS)
+def test_floats_that_lie_right_become_planes_in_one_pass(shape, x_quantizer, dtype) -> None:
+    """Whether their rows end with words or not, NaN and infinities among them."""
+    layout = "channels_last" if "kernel" in shape else "contiguous"
+    problem = LowbitProblem(
+        **shape, x_quantizer=x_quantizer, w_quantizer=(Kind.BINARY, 1), dtype=dtype, layout=layout, extras="o"
+    )
+    assert planned(problem)["engine"] == "bits"
+    assert_bit_equal(run(problem, EMU.ops), run(problem, torch.ops.quantkernels))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_product_is_that_of_the_cpu(data: st.DataObject) -> None:
