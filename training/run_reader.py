@@ -20,6 +20,7 @@ class Run:
     folder: Path
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
     epochs: list[dict[str, Any]] = field(default_factory=list)
     final: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
@@ -38,10 +39,19 @@ class Run:
 
     @property
     def figures(self) -> dict[str, float]:
-        """What a finished run gave: "accuracy" and "top5" in percent, and the figures of `Algorithm.results`."""
+        """What a finished run gave: "accuracy" and "top5" in percent, "GPU-hours", and those of `Algorithm.results`."""
         final = self.final or {}
         percent = {name: 100 * final[key] for name, key in EVALUATED.items() if key in final}
-        return percent | self.results
+        return percent | {"GPU-hours": self.hours} | self.results
+
+    @property
+    def hours(self) -> float:
+        """Hours of training times processes, with those of the search and the indicators that its bits come from.
+
+        The search takes one process, and the indicators are counted as trained by as many as the run.
+        """
+        indicators, search = (self.results.get(f"{stage} s", 0.0) for stage in ("indicators", "search"))
+        return (self.processes * (self.seconds + indicators) + search) / 3600
 
     @property
     def results(self) -> dict[str, float]:
@@ -103,6 +113,7 @@ def _read_config(run: Run) -> None:
     try:
         about = json.loads((run.folder / "config.json").read_text())
         run.recipe, run.versions = dict(about["recipe"]), dict(about.get("versions", {}))
+        run.processes = int(about.get("processes", 1))
     except (OSError, ValueError, KeyError, TypeError) as error:
         run.problems.append(f"config.json cannot be read ({type(error).__name__}: {error})")
 

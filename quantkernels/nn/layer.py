@@ -9,6 +9,7 @@ from .. import ops
 from ..ops.planes import to_rows
 from ..quantizers import Quantizer
 from .coding import Coding, Epilogue, Substitute, adopt, has_codes
+from .saved import requantized
 
 
 class QuantizedLayer(nn.Module):
@@ -48,9 +49,17 @@ class QuantizedLayer(nn.Module):
         return self._float_forward(x)
 
     def _float_forward(self, x: Tensor) -> Tensor:
-        quantized = x if self.activation_quantizer is None else self.activation_quantizer(x)
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return self.float_operation(quantized, weight)
+        if self.activation_quantizer is None:
+            return self.float_operation(x, self._quantized_weight())
+        if not self.training:
+            return self.float_operation(self.activation_quantizer(x), self._quantized_weight())
+        quantized, again = self.activation_quantizer.quantize(x)
+        weight = self._quantized_weight()
+        with requantized(x, quantized, again):
+            return self.float_operation(quantized, weight)
+
+    def _quantized_weight(self) -> Tensor:
+        return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
 
     def _exact_forward(self, x: Tensor) -> Tensor:
         # The smooth branch comes first: in training it is what updates the running statistics.

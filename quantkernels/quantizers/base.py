@@ -8,7 +8,7 @@ says how an op reads it. A quantizer's whole work is `batch_grid`; everything el
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -172,8 +172,19 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """q in the shape and dtype of x."""
+        return self.quantize(x)[0]
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """(what `forward` gives, a function that gives the same of x again).
+
+        The function has no gradient and updates nothing; it holds the grid of this call and none of x, and what
+        happens to the quantizer in the meantime does not change it.
+        """
         value, grid = self.operands(x)
-        return ops.fake_quantize(value, grid, self.kind, self.levels, self.ste, self.axis).to(x.dtype)
+        options = self.kind, self.levels, self.ste, self.axis
+        q = ops.fake_quantize(value, grid, *options).to(x.dtype)
+        fixed = grid.detach()
+        return q, lambda x: ops.fake_quantize(self.transform(x), fixed, *options).to(x.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> BitPlanes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,10 +33,11 @@ class Fixed(Quantizer):
         self.widths = None if widths is None else list(widths)
         self.register_buffer("constant", grid.detach().to(torch.float32).clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """q in the shape and dtype of x."""
-        if self.kind != Kind.LEARNED:
-            return super().forward(x)
+    def quantize(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """q in the shape and dtype of x, and a function that gives it again."""
+        return (self._decoded(x), self._decoded) if self.kind == Kind.LEARNED else super().quantize(x)
+
+    def _decoded(self, x: Tensor) -> Tensor:
         codes = ops.encode(x, self.constant, self.kind, self.levels, self.axis)
         return decode(codes, self.constant, self.kind, self.axis).to(x.dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,9 @@ class Identity(Quantizer):
         """A row of zeros, which no op reads."""
         return torch.zeros(1, 3, dtype=torch.float32, device=x.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x itself."""
-        return x
+    def quantize(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """x itself, and the identity."""
+        return x, lambda x: x
 
     def encode(self, x: Tensor) -> BitPlanes:
         """Raises TypeError: a float has no codes."""

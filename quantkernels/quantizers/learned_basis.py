@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,19 +89,20 @@ class LearnedBasis(Quantizer):
         self.bind(x)
         return ops.grid_of_basis(self.basis, self.encoding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """q in the shape and dtype of x. In training the basis moves on first, and the next one is fitted."""
+    def quantize(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """(q, a function that gives it again). In training the basis moves on first, and the next one is fitted."""
         self.bind(x)
         fits = self.updates(x)
         if fits:
             with torch.no_grad():
                 self.basis.copy_(self.upcoming)
-        # The op saves what it is given for its backward; the buffer changes before that in some loops.
+        # Kept for the backward; the buffer changes before that in some loops.
         basis = self.basis.clone() if self.training else self.basis
-        q, gram, product = ops.learned_basis_quantize(x, basis, self.encoding, self.ste, self.axis, fits)
+        options = self.encoding, self.ste, self.axis
+        q, gram, product = ops.learned_basis_quantize(x, basis, *options, fits)
         if fits:
             self._fit(gram, product)
-        return q
+        return q, lambda x: ops.learned_basis_quantize(x, basis, *options, False)[0]
 
     @torch.no_grad()
     def _fit(self, gram: Tensor, product: Tensor) -> None:

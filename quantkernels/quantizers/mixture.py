@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -144,14 +144,20 @@ class Mixture(Quantizer):
         """The grid of the selected quantizer. Raises RuntimeError while this is a mixture."""
         return self._selected("grid").grid(x, stats, update)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """sum_k w_k Q_k(x), or Q_selected(x), in the shape and dtype of x."""
+    def quantize(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """sum_k w_k Q_k(x), or Q_selected(x), in the shape and dtype of x; and a function that gives it again."""
         current = self.current
         if current is not None:
-            return current(x)
-        return ops.attention_quantize(
-            x, self.weights(), self.grids(x), self._kinds, self._levels, self._stes, self.axis, convex=True
-        )
+            return current.quantize(x)
+        weights, grids = self.weights(), self.grids(x)
+
+        def mixed(x: Tensor, weights: Tensor, grids: Tensor) -> Tensor:
+            return ops.attention_quantize(
+                x, weights, grids, self._kinds, self._levels, self._stes, self.axis, convex=True
+            )
+
+        fixed = weights.detach(), grids.detach()
+        return mixed(x, weights, grids), lambda x: mixed(x, *fixed)
 
     def encode(self, x: Tensor) -> BitPlanes:
         """The codes of the selected quantizer. Raises RuntimeError while this is a mixture."""

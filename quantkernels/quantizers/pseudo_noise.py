@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,13 +75,16 @@ class PseudoNoise(Quantizer):
             self.bits = int(self.bit_widths().detach().round().max())
             self.levels = 2**self.bits - 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """q in the shape and dtype of x."""
+    def quantize(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """q in the shape and dtype of x, and a function that gives it again: of a weight, it is kept."""
         self._check_groups(x)
-        if self.training:
-            return self._noisy(x)
-        if self.bits <= MAX_BITS:
-            return super().forward(x)
+        if not self.training and self.bits <= MAX_BITS:
+            return super().quantize(x)
+        q = self._noisy(x) if self.training else self._rounded(x)
+        fixed = q.detach()
+        return q, lambda _: fixed
+
+    def _rounded(self, x: Tensor) -> Tensor:
         offset, step = self._along(x, *self._range(x))
         return (offset + step * ((x.float() - offset) / step).round()).to(x.dtype)
 

@@ -1,9 +1,5 @@
 """LQ-Nets training: it learns, resumes, agrees between processes, packs, and shows its levels."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -96,53 +92,3 @@ def test_histogram():
     assert len(figure_levels({"layer": {"weight": h}}).axes) == 2
     with pytest.raises(ValueError, match="at least one histogram"):
         figure_levels({})
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
-def test_killed_and_resumed(tiny, trained, tmp_path, monkeypatch, same_weights):
-    original = engine.Trainer._train_step
-
-    def until_step_30(self, *args):
-        if self.step == 30:
-            raise Killed
-        original(self, *args)
-
-    config = tiny(algorithm=TWO_BITS, model={"width": 8}, run={"epochs": 4})
-    monkeypatch.setattr(engine.Trainer, "_train_step", until_step_30)
-    with pytest.raises(Killed):
-        engine.run(config, tmp_path / "run")
-    monkeypatch.setattr(engine.Trainer, "_train_step", original)
-    engine.run(config, tmp_path / "run", resume=True)
-    assert same_weights(tmp_path / "run", trained[1])
-
-
-WORKER = """
-import os, sys, json, torch
-from training import engine
-from training.config import from_tables
-
-result = engine.run(from_tables(json.load(open(f"{sys.argv[1]}/tables.json"))), f"{sys.argv[1]}/run")
-torch.save(result.model.state_dict(), f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_fit_the_bases_that_one_fits(tiny, tmp_path, environment):
-    """Without batch-norm, whose statistics are those of each process's own half of the batch."""
-    config = tiny(algorithm=TWO_BITS, model={"batch_norm": False}, data={"batch_size": 64}, run={"epochs": 1})
-    (tmp_path / "worker.py").write_text(WORKER)
-    (tmp_path / "tables.json").write_text(json.dumps(config.to_tables()))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(tmp_path / "worker.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
-    one = engine.run(config, tmp_path / "one").model.state_dict()
-    bases = [key for key in one if key.endswith((".basis", ".upcoming"))]
-    assert bases
-    for key in bases:
-        torch.testing.assert_close(ranks[0][key], one[key], rtol=1e-3, atol=1e-4)

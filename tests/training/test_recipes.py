@@ -34,6 +34,11 @@ def test_every_row_of_the_dqa_tables_has_a_recipe():
     assert found == {"DQA table 1": 28, "DQA table 2": 13, "DQA table 3": 8, "DQA table 4": 4}
 
 
+def test_every_row_of_the_limpq_tables_has_a_recipe():
+    found = {table: len(rows) for table, rows in by_table(ALL).items() if table.startswith("LIMPQ table")}
+    assert found == {"LIMPQ table 1": 3, "LIMPQ table 2": 3}
+
+
 def test_every_row_of_the_coquant_tables_has_a_recipe():
     found = {table: len(rows) for table, rows in by_table(ALL).items() if table.startswith("CoQuant")}
     assert found == {

@@ -203,3 +203,15 @@ def test_bits_of_the_layers(tmp_path):
 def test_a_run_without_bits_of_its_layers_has_no_such_section(tmp_path):
     page = write_report([make_run(tmp_path / "run")], tmp_path / "report.html").read_text()
     assert "Bits of the layers" not in page
+
+
+def test_hours_count_processes_and_the_stages_before(tmp_path):
+    """LIMPQ's table 2: the indicators and the search of a policy are part of its cost."""
+    folder = make_run(tmp_path / "run")  # 4 epochs of 30 s
+    assert read_run(folder).figures["GPU-hours"] == pytest.approx(120 / 3600)
+    about = json.loads((folder / "config.json").read_text()) | {"processes": 8}
+    (folder / "config.json").write_text(json.dumps(about))
+    *lines, final = (folder / "metrics.jsonl").read_text().splitlines()
+    final = json.loads(final) | {"results": {"indicators s": 50.0, "search s": 9.0, "size MB": 8.0}}
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(final)]) + "\n")
+    assert read_run(folder).figures["GPU-hours"] == pytest.approx((8 * 170 + 9) / 3600)

@@ -6,9 +6,11 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from algorithms import EACH, chosen, small
 
 from training import checkpoint, engine
 from training.algorithms.base import Algorithm
@@ -158,28 +160,25 @@ def test_state_of_the_algorithm_is_resumed(tiny, tmp_path, monkeypatch, same_wei
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-MIXTURE = [{"kind": "MinMax", "bits": bits} for bits in (2, 4, 8)]
-QUANTIZED = {
-    "PACT": {"name": "vanilla", "weight": MIXTURE[0], "activation": {"kind": "PACT", "bits": 4}},
-    "MinMax": {"name": "vanilla", "weight": MIXTURE[0], "activation": MIXTURE[1]},
-    "DQA": {"name": "dqa", "weight": MIXTURE, "activation": MIXTURE, "penalty": 5.0},
-    "Binary-Relax": {"name": "binary_relax", "weight": MIXTURE},
-    "LIMPQ": {"name": "limpq", "bits": [4, 2]},
-    "mixed precision": {"name": "mixed_precision", "policy": {"layers": {"3": [3, 4], "6": [2, 3]}}},
-    "DiffQ": {"name": "diffq", "penalty": 500.0, "bits_lr": 0.1},
-}
+@pytest.fixture(scope="module")
+def killed(request, tiny, tmp_path_factory, environment, python):
+    """Folder of the runs of algorithms: NAME/whole, and NAME/parts, which was killed by SIGKILL and resumed."""
+    folder = tmp_path_factory.mktemp("killed")
+    runs = {name: small(tiny, name).to_tables() for name in chosen(request)}
+    (folder / "runs.json").write_text(json.dumps(runs))
+    command = [python, str(Path(__file__).with_name("killed.py")), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
-@pytest.mark.parametrize("algorithm", QUANTIZED.values(), ids=QUANTIZED)
-def test_quantized_training_is_resumed(tiny, tmp_path, monkeypatch, same_weights, algorithm):
-    """PACT's alpha, ranges of activations, attention, temperature, omega, steps, an optimizer of the algorithm's own:
-    all are in the checkpoint."""
-    config = tiny(algorithm=algorithm, run={"epochs": 2})
-    engine.run(config, tmp_path / "whole")
-    assert run_until(monkeypatch, config, tmp_path / "parts", (engine.Trainer, "_train_step"), 14)
-    engine.run(config, tmp_path / "parts", resume=True)
-    assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    assert metrics_without_times(tmp_path / "parts") == metrics_without_times(tmp_path / "whole")
+@pytest.mark.parametrize("name", EACH)
+def test_every_algorithm_is_resumed_after_sigkill(killed, same_weights, name):
+    """Clipping levels, bases, attention, omega, steps, teachers, an optimizer of the algorithm's own are all kept."""
+    assert json.loads((killed / "exits.json").read_text())[name] == [0, -signal.SIGKILL, 0]
+    whole, parts = killed / name / "whole", killed / name / "parts"
+    assert same_weights(whole, parts)
+    assert metrics_without_times(parts) == metrics_without_times(whole)
 
 
 def test_finished_run_is_left_alone(tiny, uninterrupted):

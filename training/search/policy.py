@@ -52,11 +52,12 @@ class Budgets:
         w, a = pairs.T.astype(float)
         found = []
         if self.bitops is not None:
-            limit = self.bitops
+            name, limit = "bitops (10^9)", self.bitops
             if not isinstance(limit, int | float):
+                name += f" of {list(limit)} bits in every layer"
                 limit = gbitops(searched, dict.fromkeys(searched, tuple(limit)))
             use = [size.macs / 1e9 * w * a for size in searched.values()]
-            found.append(Budget("bitops (10^9)", limit, use))
+            found.append(Budget(name, limit, use))
         if self.size_mb is not None:
             # what the fixed layers take is shared out, so that the messages speak of the whole network
             rest = size_mb({name: sizes[name] for name in sizes if name not in searched}, {}) / len(searched)

@@ -63,5 +63,5 @@ def check_feasible(budget: Budget, allowed: Sequence[np.ndarray]) -> None:
     if least > budget.limit * (1 + 1e-12):  # a sum of fractions may end a rounding above
         raise UserError(
             f"{budget.name} = {budget.limit:.6g} is below the smallest feasible budget, {least:.6g}, "
-            "that of the lowest allowed bits in every layer"
+            "that of the lowest allowed bits in every layer: raise it to that, or allow fewer bits"
         )

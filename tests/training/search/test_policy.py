@@ -99,6 +99,8 @@ def test_the_smallest_feasible_budget_is_that_of_the_reports():
         best_bits(SIZES, pairs, costs, Budgets(size_mb=0.001))
     with pytest.raises(UserError, match=r"bitops \(10\^9\) = 0.001 is below the smallest feasible budget, 0.0022"):
         best_bits(SIZES, pairs, costs, Budgets(bitops=0.001))
+    with pytest.raises(UserError, match=r"of \[1, 1\] bits in every layer = 0.00055 is .*: raise it to that, or allow"):
+        best_bits(SIZES, pairs, costs, Budgets(bitops=[1, 1]))
     with pytest.raises(UserError, match=r"average_bits of the activations = 1.5 is below .* 2,"):
         best_bits(SIZES, pairs, costs, Budgets(average_bits=[4, 1.5]))
 
