@@ -41,12 +41,14 @@ def until_last_step(self, *args, step=engine.Trainer._train_step):
 
 
 root = Path(sys.argv[1])
+runs = {name: from_tables(tables) for name, tables in json.loads((root / "runs.json").read_text()).items()}
+for config in runs.values():
+    engine.Trainer(config, root / "nothing", show=False)  # imports, once for all forks
 exits = {}
-for name, tables in json.loads((root / "runs.json").read_text()).items():
-    config, folder = from_tables(tables), root / name
+for name, config in runs.items():
     exits[name] = [
-        forked(config, folder / "whole"),
-        forked(config, folder / "parts", kill=True),
-        forked(config, folder / "parts", resume=True),
+        forked(config, root / name / "whole"),
+        forked(config, root / name / "parts", kill=True),
+        forked(config, root / name / "parts", resume=True),
     ]
 (root / "exits.json").write_text(json.dumps(exits))
