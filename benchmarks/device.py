@@ -141,6 +141,8 @@ class Record:
         except Exception as error:
             traceback.print_exc()
             self.results.setdefault(name, {})["wrong"] = f"{type(error).__name__}: {error}"[:400]
+        finally:
+            self.save()
 
     def measured(self, name: str, runs: Sequence[Run]) -> tuple[float, float] | None:
         """Seconds on the device and on the host; None where no time was left, or memory."""

@@ -194,7 +194,6 @@ class Bench(Record):
                 self.measure(size, dtype, layout)
         for size in self.sizes:
             self.rivals(size)
-        self.save()
 
     def variants(self, size: int) -> Iterator[tuple[str, str]]:
         """Types per tensor, and layouts in float32."""
@@ -214,7 +213,6 @@ class Bench(Record):
             if not (job.per_row and layout == "inner"):
                 name = f"{job.name}-{size}-{dtype}-{layout}"
                 self.attempt(name, partial(self.measure_job, name, job, sets, size, dtype, layout))
-        self.save()
 
     def measure_job(self, name: str, job: Job, sets: Sequence[Inputs], size: int, dtype: str, layout: str) -> None:
         """One op on one kind of tensor."""
@@ -237,7 +235,6 @@ class Bench(Record):
             name = f"{job.name}-{size}-float32-tensor"
             if "seconds" in self.results.get(name, {}):
                 self.attempt(f"{name}, rivals", partial(self.rivals_of, job, self.results[name], sets, size))
-            self.save()
 
     def rivals_of(self, job: Job, entry: dict[str, Any], sets: Sequence[Inputs], size: int) -> None:
         """Of one op."""

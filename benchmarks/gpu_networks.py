@@ -49,7 +49,7 @@ class Networks(Record):
         return QUICK_WIDTH if self.quick else 1.0
 
     def go(self) -> None:
-        """The training step first: it has a goal."""
+        """The training step first, which has a goal; compiling those takes longest, and comes last."""
         torch.backends.cudnn.benchmark = True
         self.attempt("resnet18-train-dqa", self.train)
         for batch in (2,) if self.quick else GPU_NETWORK_BATCHES:
@@ -57,7 +57,8 @@ class Networks(Record):
             self.attempt(f"resnet18-b{batch}, rivals", partial(self.infer_floats, batch, rivals))
             for of in FORMATS[:1] if self.quick else FORMATS:
                 self.attempt(f"resnet18-{of.name}-b{batch}", partial(self.infer, batch, of, rivals))
-            self.save()
+        if not self.quick and "seconds" in self.results.get("resnet18-train-dqa", {}):
+            self.attempt("resnet18-train-dqa, compiled", self.train_compiled)
 
     def images(self, batch: int, size: int) -> Tensor:
         """Normal random ones, float32, channels_last."""
@@ -135,9 +136,7 @@ class Networks(Record):
 
     def train(self) -> None:
         """Forward, backward and SGD step under autocast."""
-        batch = 4 if self.quick else GPU_TRAINING_BATCH
-        images = self.images(batch, 32)
-        labels = torch.arange(batch, device=self.device) % 10
+        images, labels = self.examples()
         entry: dict[str, Any] = {
             "family": "end_to_end",
             "job": "ResNet-18 training step, DQA weights",
@@ -158,15 +157,18 @@ class Networks(Record):
         entry["seconds"] = self.in_turns(steps)
         if not self.quick:
             entry["goals"] = judged([Within(FLOAT, TRAINING_GOAL)], entry, self.limits)
-        self.save()
-        if not self.quick:
-            self.attempt("resnet18-train-dqa, compiled", partial(self.train_compiled, images, labels, entry))
 
-    def train_compiled(self, images: Tensor, labels: Tensor, entry: dict[str, Any]) -> None:
+    def train_compiled(self) -> None:
         """Both networks compiled."""
+        images, labels = self.examples()
         models = {OURS: dqa_resnet(DQA_BITS), FLOAT: float_resnet("cifar")}
         steps = {name + COMPILED: self.step(model, images, labels, True) for name, model in models.items()}
-        entry["seconds"] |= self.in_turns(steps)
+        self.results["resnet18-train-dqa"]["seconds"] |= self.in_turns(steps)
+
+    def examples(self) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        batch = 4 if self.quick else GPU_TRAINING_BATCH
+        return self.images(batch, 32), torch.arange(batch, device=self.device) % 10
 
     def step(self, model: nn.Module, images: Tensor, labels: Tensor, compiled: bool = False) -> Run:
         """A training step, which gives the loss."""

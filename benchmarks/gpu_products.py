@@ -144,7 +144,6 @@ class Products(Record):
             self.attempt(f"{problem.name}, rivals", partial(self.measure_rivals, problem, rivals))
             for of in formats:
                 self.attempt(f"{problem.name}-{of.name}", partial(self.measure, problem, of, rivals))
-            self.save()
 
     def measure_limits(self) -> None:
         """The peaks of mma.sync, and the bandwidth of a copy. (That of cuBLAS comes with the first linear layer.)"""

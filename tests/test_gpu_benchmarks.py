@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from benchmarks import gpu_products, peaks
+from benchmarks import gpu_networks, gpu_products, peaks
 from benchmarks.compare import OURS
 from benchmarks.device import Clock, Record
 from benchmarks.goals import AtMost, Faster, OfPeak
@@ -159,9 +164,82 @@ def test_what_is_wrong_gets_no_time_and_the_rest_is_measured(
 def test_a_run_without_time_says_what_it_left_out(tmp_path: Path) -> None:
     run = gpu_products.Products(tmp_path / "out.json", -1.0, True)
     run.go()
+    run.save()
     assert run.results == {} and len(run.left_out) > 10
     assert all(what.endswith("no time left") for what in run.left_out)
     assert json.loads((tmp_path / "out.json").read_text())["left_out"] == run.left_out
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Tensors that are asked for on "cuda" are made on the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*map(there, args), **{name: there(value) for name, value in (kwargs or {}).items()})
+
+
+def there(value: Any) -> Any:
+    """The CPU for a GPU; anything else as it is."""
+    return "cpu" if isinstance(value, (str, torch.device)) and str(value) == "cuda" else value
+
+
+class StubEvent:
+    """An event on the host's clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = perf_counter()
+
+    def elapsed_time(self, end: StubEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def stubbed_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As much of a GPU as the benchmarks use, with nothing behind it."""
+    chip = SimpleNamespace(L2_cache_size=1 << 10, multi_processor_count=2)
+    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
+    generator, autocast, profile = torch.Generator, torch.autocast, torch.profiler.profile
+    monkeypatch.setattr(torch, "Generator", lambda device: generator(there(device)))
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype: autocast(there(device), dtype))
+    host = [torch.profiler.ProfilerActivity.CPU]
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile(activities=host))
+    emulator = peaks.library("cpu")
+    monkeypatch.setattr(peaks, "library", lambda device: emulator)
+    stubs = {
+        "is_available": lambda: True,
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
+        "Event": StubEvent,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": nullcontext,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": nullcontext,
+        "get_device_properties": lambda index: chip,
+        "get_device_capability": lambda: (9, 0),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    with OnTheCpu():
+        yield
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("kind", [gpu_products.Products, gpu_networks.Networks])
+def test_what_runs_only_on_a_gpu(
+    kind: type[Record], stubbed_cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events, graphs and the profiler are called as they want to be; what they would say is not looked at."""
+    for problem in (Linear, Conv):
+        monkeypatch.setattr(problem, "goals", lambda self, of: [AtMost(1.0), OfPeak(0.5)] if of.w_bits == 1 else [])
+    run = kind(tmp_path / "out.json", 120.0, True)
+    assert run.device == "cuda"
+    run.go()
+    assert run.passed, [entry for entry in run.results.values() if "wrong" in entry]
+    assert run.left_out == [] and all(entry["seconds"][OURS] > 0 for entry in run.results.values())
+    assert list(run.lines())
 
 
 def test_networks_are_summed_up() -> None:
