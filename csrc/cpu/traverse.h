@@ -37,7 +37,7 @@ struct Walk {
   bool by_columns;
   int64_t period;  // columns: entries in a parameter table; runs: unused
   int64_t rows;    // runs: outer * channels; columns: rows of `period`, the last one perhaps partial
-  int64_t pieces;  // runs: pieces a run is cut into; columns: blocks of rows
+  int64_t pieces;  // runs: pieces a run is cut into; columns: blocks of rows of a reduction
   int64_t piece;   // runs: elements a piece; columns: rows a block
 };
 
@@ -322,20 +322,27 @@ inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable
 
 template <class Op>
 void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, double* totals) {
-  const int64_t size = ColumnSums<Op>::size(walk);
-  const auto partial = std::make_unique_for_overwrite<float[]>(walk.pieces * size);
-  parallel_for(walk.pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block)
-      run_block(layout, walk, table, op, block * walk.piece, std::min((block + 1) * walk.piece, walk.rows),
-                ColumnSums<Op>(partial.get() + block * size));
-    finish_streams();
-  });
-  for (int s = 0; s < Op::kSums; ++s) {
-    const Combine how = combine_of<Op>(s);
-    const auto combine = how == Combine::kSum   ? combine_columns<Op, Combine::kSum>
-                         : how == Combine::kMin ? combine_columns<Op, Combine::kMin>
-                                                : combine_columns<Op, Combine::kMax>;
-    combine(layout, walk, partial.get(), s, totals + s * layout.channels);
+  if constexpr (Op::kSums == 0) {  // no partial sums, so rows may go to as many threads as there are
+    parallel_for(walk.rows, std::max<int64_t>(1, kPiece / walk.period), [&](int64_t begin, int64_t end) {
+      run_block(layout, walk, table, op, begin, end, ColumnSums<Op>(nullptr));
+      finish_streams();
+    });
+  } else {
+    const int64_t size = ColumnSums<Op>::size(walk);
+    const auto partial = std::make_unique_for_overwrite<float[]>(walk.pieces * size);
+    parallel_for(walk.pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block)
+        run_block(layout, walk, table, op, block * walk.piece, std::min((block + 1) * walk.piece, walk.rows),
+                  ColumnSums<Op>(partial.get() + block * size));
+      finish_streams();
+    });
+    for (int s = 0; s < Op::kSums; ++s) {
+      const Combine how = combine_of<Op>(s);
+      const auto combine = how == Combine::kSum   ? combine_columns<Op, Combine::kSum>
+                           : how == Combine::kMin ? combine_columns<Op, Combine::kMin>
+                                                  : combine_columns<Op, Combine::kMax>;
+      combine(layout, walk, partial.get(), s, totals + s * layout.channels);
+    }
   }
 }
 
