@@ -7,6 +7,7 @@
 
 #include "cpu/bitplanes.h"
 #include "cpu/grid.h"
+#include "cpu/split.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 namespace {
@@ -14,6 +15,13 @@ namespace {
 inline constexpr int64_t kChunk = 2048;  // codes between encoding and packing: they stay in L1
 inline constexpr int64_t kGrainCodes = 1 << 15;
 static_assert(std::endian::native == std::endian::little, "a 64-bit word is stored as two 32-bit ones");
+
+// What a conversion to bytes, which rounds, makes the code.
+template <Kind kKind>
+inline Vec unrounded_code(Vec value, const GridVec& grid, Vec levels) {
+  if constexpr (kKind == Kind::kUniform) return clamp_code(position_of(value, grid), levels);
+  return code_of<kKind>(value, grid, levels);
+}
 
 template <Kind kKind, class T>
 struct Encode {
@@ -29,13 +37,7 @@ struct Encode {
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
-    const Vec value = load(x + i, lanes);
-    // The conversion to bytes rounds.
-    if constexpr (kKind == Kind::kUniform) {
-      store_codes(codes + i, clamp_code(position_of(value, grid), levels), lanes);
-    } else {
-      store_codes(codes + i, code_of<kKind>(value, grid, levels), lanes);
-    }
+    store_codes(codes + i, unrounded_code<kKind>(load(x + i, lanes), grid, levels), lanes);
   }
 };
 
@@ -58,6 +60,43 @@ void pack_codes(const uint8_t* codes, int64_t n, Kind kind, int bits, int32_t* p
     for (int64_t group = 0; group < groups; ++group) counts[plane] += std::popcount(from[group]);
     std::memcpy(planes + plane * plane_stride, from, words_of(n) * sizeof(int32_t));
   }
+}
+
+// As many of the first n values as are whole blocks, from floats to planes; returns how many. Adds the ones to counts[bits].
+template <Kind kKind, class T>
+int64_t quantize_pack_blocks([[maybe_unused]] const T* x, [[maybe_unused]] int64_t n, [[maybe_unused]] GridVec grid,
+                             [[maybe_unused]] Vec levels, [[maybe_unused]] int bits, [[maybe_unused]] int32_t* planes,
+                             [[maybe_unused]] int64_t plane_stride, [[maybe_unused]] int32_t* counts) {
+#if defined(__AVX512F__)
+  __m512i ones[kMaxBits] = {};
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    __m512i digits[kMaxBits];
+#pragma GCC unroll 8
+    for (int row = 0; row < kMaxBits; ++row) {
+      Vec values[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) values[v] = unrounded_code<kKind>(load(x + i + row * kBytes + v * kLanes), grid, levels);
+      digits[row] = split_values(values);
+    }
+    transpose_eights(digits);
+    if constexpr (kKind == Kind::kTernary) digits[0] = _mm512_or_si512(digits[0], digits[1]);  // thermometers
+#pragma GCC unroll 8
+    for (int digit = 0; digit < kMaxBits; ++digit) {
+      if (digit >= bits) continue;
+      const int plane = digit_of_plane(kKind, bits, digit);  // and the other way round
+      ones[digit] = _mm512_add_epi64(ones[digit], _mm512_popcnt_epi64(digits[digit]));
+      _mm512_storeu_si512(planes + plane * plane_stride + i / kWordBits, digits[digit]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int digit = 0; digit < kMaxBits; ++digit)
+    if (digit < bits)
+      counts[digit_of_plane(kKind, bits, digit)] += static_cast<int32_t>(_mm512_reduce_add_epi64(ones[digit]));
+  return i;
+#else
+  return 0;
+#endif
 }
 
 void unpack_codes(const int32_t* planes, int64_t plane_stride, int64_t n, Kind kind, int bits, uint8_t* codes) {
@@ -91,15 +130,25 @@ template <Kind kKind, class T>
 void quantize_pack_chunk(const QuantizePackArgs& args, int64_t row, int64_t begin, int64_t n) {
   const float* const at = args.grid + (args.per_row ? row : 0) * kGridColumns;
   const GridVec grid{splat(at[0]), splat(at[1]), splat(inverse_step(at[1])), splat(at[2])};
-  uint8_t codes[kChunk];
-  const Encode<kKind, T> op{static_cast<const T*>(args.x) + row * args.columns + begin, codes,
-                            splat(static_cast<float>(args.levels))};
-  run_piece(op, grid, 0, n, nullptr);
+  const T* const x = static_cast<const T*>(args.x) + row * args.columns + begin;
+  const Vec levels = splat(static_cast<float>(args.levels));
+  int32_t* const planes = args.planes + row * args.words + begin / kWordBits;
+  const int64_t plane_stride = args.rows * args.words;
   int32_t counts[kMaxBits] = {};
-  pack_codes(codes, n, kKind, args.bits, args.planes + row * args.words + begin / kWordBits, args.rows * args.words, counts);
-  // Integers: exact in whatever order the chunks of a row come.
-  for (int plane = 0; plane < args.bits; ++plane)
-    std::atomic_ref<int32_t>(args.plane_sums[plane * args.rows + row]).fetch_add(counts[plane], std::memory_order_relaxed);
+  const int64_t done = quantize_pack_blocks<kKind>(x, n, grid, levels, args.bits, planes, plane_stride, counts);
+  if (done < n) {
+    uint8_t codes[kChunk];
+    run_piece(Encode<kKind, T>{x + done, codes, levels}, grid, 0, n - done, nullptr);
+    pack_codes(codes, n - done, kKind, args.bits, planes + done / kWordBits, plane_stride, counts);
+  }
+  for (int plane = 0; plane < args.bits; ++plane) {
+    int32_t& sum = args.plane_sums[plane * args.rows + row];
+    if (n == args.columns) {
+      sum = counts[plane];
+    } else {  // integers: exact in whatever order the chunks of a row come
+      std::atomic_ref<int32_t>(sum).fetch_add(counts[plane], std::memory_order_relaxed);
+    }
+  }
 }
 
 }  // namespace

@@ -171,8 +171,9 @@ constexpr int unroll_of() {
 
 // partial: [kSums]
 template <class Op, class Params>
-inline void run_piece(const Op& op, const Params& params, int64_t i, int64_t end, float* partial) {
+inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t end, float* partial) {
   constexpr int kUnroll = unroll_of<Op>();
+  const Op op = shared;  // vector stores may alias whatever a reference leads to: it would be loaded anew after each
   Vec sums[kUnroll][Op::kSums + 1];
   for (auto& set : sums) reset_sums<Op>(set);
   for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes)
@@ -253,8 +254,10 @@ inline void combine_columns(const Layout& layout, const Walk& walk, const float*
 
 // kWidth vectors of columns in the rows [row, last_row): their parameters and accumulators stay in registers.
 template <int kWidth, class Op>
-inline void run_strip(const Walk& walk, const ChannelTable& table, const Op& op, int64_t row, int64_t last_row,
+inline void run_strip(const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row, int64_t last_row,
                       int64_t column, ColumnSums<Op> partial) {
+  const Op op = shared;  // as in run_piece
+  const int64_t period = walk.period;
   decltype(op.params([&](int field) { return table.of_columns(field, column); })) params[kWidth];
   Vec sums[kWidth][Op::kSums + 1];
 #pragma GCC unroll 8
@@ -262,7 +265,7 @@ inline void run_strip(const Walk& walk, const ChannelTable& table, const Op& op,
     params[w] = op.params([&](int field) { return table.of_columns(field, column + w * kLanes); });
     partial.load_from(column + w * kLanes, sums[w]);
   }
-  for (int64_t i = row * walk.period + column; row < last_row; ++row, i += walk.period)
+  for (int64_t i = row * period + column; row < last_row; ++row, i += period)
 #pragma GCC unroll 8
     for (int w = 0; w < kWidth; ++w) op(i + w * kLanes, Whole{}, params[w], sums[w]);
 #pragma GCC unroll 8

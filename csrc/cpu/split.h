@@ -1,0 +1,49 @@
+#pragma once
+// Where the instruction set can, codes become words of planes without leaving registers: 512 values at a time, and a
+// register of eight words for each binary digit, which is a whole cache line of a plane.
+
+#include "cpu/simd.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+
+#if defined(__AVX512F__)
+
+inline constexpr int64_t kBlock = 512;
+
+// Word b: bit b of 64 codes, made of values in [0, 255]: rounded to the nearest, ties to even; NaN becomes 0 (the integer
+// indefinite is negative, and saturates). simd.h's split_bits, for codes that were never in memory.
+inline __m512i split_values(const Vec (&values)[4]) {
+  const __m512i low = _mm512_packus_epi32(_mm512_cvtps_epi32(values[0].v), _mm512_cvtps_epi32(values[1].v));
+  const __m512i high = _mm512_packus_epi32(_mm512_cvtps_epi32(values[2].v), _mm512_cvtps_epi32(values[3].v));
+  // Packing keeps to parts of 128 bits: byte 16 part + 4 i + j is code 16 i + 4 part + j. Every eight codes in reverse:
+  const __m512i order = _mm512_set_epi64(0x2c2d2e2f3c3d3e3f, 0x0c0d0e0f1c1d1e1f, 0x28292a2b38393a3b, 0x08090a0b18191a1b,
+                                         0x2425262734353637, 0x0405060714151617, 0x2021222330313233, 0x0001020310111213);
+  const __m512i reversed = _mm512_permutexvar_epi8(order, _mm512_packus_epi16(low, high));
+  const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
+  const __m512i gather = _mm512_set_epi64(0x3f372f271f170f07, 0x3e362e261e160e06, 0x3d352d251d150d05, 0x3c342c241c140c04,
+                                          0x3b332b231b130b03, 0x3a322a221a120a02, 0x3931292119110901, 0x3830282018100800);
+  return _mm512_permutexvar_epi8(gather, _mm512_gf2p8affine_epi64_epi8(unit, reversed, 0));
+}
+
+// Eight rows of eight words become columns.
+inline void transpose_eights(__m512i (&rows)[8]) {
+  __m512i pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi64(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi64(rows[i], rows[i + 1]);
+  }
+  // Part j of pairs[i + odd] is column 2 j + odd of rows i and i + 1.
+  for (int odd = 0; odd < 2; ++odd)
+    for (int half = 0; half < 8; half += 4) {
+      fours[half + odd] = _mm512_shuffle_i64x2(pairs[half + odd], pairs[half + odd + 2], 0x88);
+      fours[half + odd + 2] = _mm512_shuffle_i64x2(pairs[half + odd], pairs[half + odd + 2], 0xdd);
+    }
+  for (int column = 0; column < 4; ++column) {
+    rows[column] = _mm512_shuffle_i64x2(fours[column], fours[column + 4], 0x88);
+    rows[column + 4] = _mm512_shuffle_i64x2(fours[column], fours[column + 4], 0xdd);
+  }
+}
+
+#endif
+
+}  // namespace qk::cpu::QK_CPU_ISA
