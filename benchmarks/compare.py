@@ -6,12 +6,15 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
 
 OURS = "quantkernels"
-SLOW = 0.02  # seconds: from here on, caches warmed by an untimed call make no difference
+SLOW = 0.02  # seconds: from here on, caches warmed by untimed calls make no difference
+SETTLING = 0.005  # seconds of untimed calls before a shorter one, but no more than
+MOST_SETTLING = 4  # calls: what is left of another contestant's data in the last cache is gone by then
 MOST_ROUNDS = 200
 
 
@@ -38,9 +41,10 @@ class Times:
 def compare(benchmark: Any, contestants: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, Times]:
     """Time `OURS` with pytest-benchmark's fixture, and before each of its rounds the others, in rotating order.
 
-    Every timed call of less than 20 ms follows an untimed one of its own, so each finds the caches as it leaves them.
-    Results are dropped inside the timed call: each call allocates its outputs anew, as eager code does. budget: seconds
-    for all together, warm-up and compilation apart; a contestant gets its even share, but at least three calls.
+    Every timed call of less than 20 ms follows untimed ones of its own (:func:`settling`), so each finds the caches and
+    the allocator as it leaves them. Results are dropped inside the timed call: each call allocates its outputs anew, as
+    eager code does. budget: seconds for all together, warm-up and compilation apart; a contestant gets its even share,
+    but at least three calls.
     """
     costs = {name: warm_up(run) for name, run in contestants.items()}
     share = budget / len(contestants)
@@ -57,7 +61,7 @@ def compare(benchmark: Any, contestants: Mapping[str, Callable[[], Any]], budget
             every = max(1, rounds // turns[name])
             if done % every == 0:
                 times[name].seconds.append(timed(contestants[name], costs[name]))
-        if costs[OURS] < SLOW:
+        for _ in range(settling(costs[OURS])):
             contestants[OURS]()
         done += 1
 
@@ -82,13 +86,18 @@ def warm_up(run: Callable[[], Any]) -> float:
 
 def turns_within(seconds: float, cost: float) -> int:
     """How many turns to take: what fits, but no fewer than give a median."""
-    turn = cost if cost >= SLOW else 2 * cost
+    turn = cost * (1 + settling(cost))
     return round(min(MOST_ROUNDS, max(3 if cost > 0.3 else 5, seconds / turn)))
 
 
+def settling(cost: float) -> int:
+    """How many untimed calls come before a timed one."""
+    return 0 if cost >= SLOW else min(MOST_SETTLING, ceil(SETTLING / max(cost, 1e-9)))
+
+
 def timed(run: Callable[[], Any], cost: float) -> float:
-    """Seconds of one call, after an untimed one if calls are short."""
-    if cost < SLOW:
+    """Seconds of one call, after untimed ones if calls are short."""
+    for _ in range(settling(cost)):
         run()
     start = perf_counter()
     run()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import limits, render, store
-from benchmarks.compare import OURS, Times, compare
+from benchmarks.compare import MOST_SETTLING, OURS, SLOW, Times, compare, settling
 from benchmarks.goals import Faster, OfPeak, PerCore, Within
 from benchmarks.workloads import workloads
 from quantkernels._lib import _host
@@ -94,12 +94,14 @@ def test_contestants_take_turns() -> None:
     contestants = {name: lambda name=name: calls.append(name) for name in names}
     times = compare(PedanticStub(), contestants, budget=1e-9)
     assert {name: len(t.seconds) for name, t in times.items()} == dict.fromkeys(names, 5)
-    turns = calls[-5 * 6 :]  # after warm-up: five rounds of an untimed and a timed call each
+    turn = MOST_SETTLING + 1  # untimed calls, and a timed one
+    assert settling(1e-6) == MOST_SETTLING and settling(0.004) == 2 and settling(SLOW) == 0
+    turns = calls[-5 * 3 * turn :]  # after warm-up: five rounds
     for i in range(5):
-        one_round = turns[6 * i : 6 * i + 6]
-        assert one_round[0::2] == one_round[1::2] and set(one_round) == set(names)
-        assert one_round[-1] == OURS
-    assert turns[0] != turns[6]  # the rivals' order rotates
+        one_round = turns[3 * turn * i : 3 * turn * (i + 1)]
+        assert one_round == [name for name in one_round[::turn] for _ in range(turn)]
+        assert set(one_round) == set(names) and one_round[-1] == OURS
+    assert turns[0] != turns[3 * turn]  # the rivals' order rotates
 
 
 def test_goals() -> None:
