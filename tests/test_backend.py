@@ -107,18 +107,18 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.ops("fake_quantize_backward", "attention_quantize_backward")
+@pytest.mark.ops("fake_quantize_backward", "apply_mask", "attention_quantize_backward")
 def test_the_backward_pass_runs_where_the_forward_ran(backend):
     x = torch.randn(40, device=backend.device, requires_grad=True)
     grid = GRID.to(backend.device)
     with backend.chosen():
-        q = ops.fake_quantize(x, grid, ops.Kind.UNIFORM, 3, ops.Ste.CLIP)
+        q = sum(ops.fake_quantize(x, grid, ops.Kind.UNIFORM, 3, ste) for ste in (ops.Ste.CLIP, ops.Ste.FULL))
         ones = torch.ones(1, device=backend.device)
         mixed = ops.attention_quantize(x, ones, grid[None], [0], [3], [ops.Ste.CLIP])
     namespace = ops._dispatch.NAMESPACES[backend.choice]
     with Calls() as calls:
         torch.autograd.grad((q + mixed).sum(), x)
-    for op in ("fake_quantize_backward", "attention_quantize_backward"):
+    for op in ("apply_mask", "fake_quantize_backward", "attention_quantize_backward"):
         assert f"{namespace}.{op}.default" in calls.names
     assert all(name.startswith((f"{namespace}.", "aten.")) for name in calls.names)
 

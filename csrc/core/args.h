@@ -72,6 +72,15 @@ struct FakeQuantizeArgs {
   const void* grad;   // like x; backward only
   void* out;          // like x: q, or grad_x in the backward pass
   float* sums;        // [channels, 3]: below, above, inside; backward only, null where they are not wanted
+  int32_t* mask;      // [words_of(numel)]: element i in memory lies inside the range, bit i % 32; masked forward only
+};
+
+struct ApplyMaskArgs {
+  int64_t numel;
+  DType dtype;
+  const int32_t* mask;  // [words_of(numel)]
+  const void* grad;     // [numel] in memory order
+  void* out;            // like grad: grad where the bit is set, else 0
 };
 
 struct AttentionArgs {

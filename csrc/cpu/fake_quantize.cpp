@@ -2,6 +2,10 @@
 
 #include "cpu/fake_quantize.h"
 
+#include <atomic>
+#include <bit>
+
+#include "core/bitplanes.h"
 #include "cpu/grid.h"
 
 namespace qk::cpu::QK_CPU_ISA {
@@ -57,6 +61,98 @@ struct Backward {
   }
 };
 
+static_assert(std::endian::native == std::endian::little, "byte i / 8 of the words holds bit i");
+
+// One bit an element, in memory order. Vectors that begin at whole bytes write theirs; where channels end inside a byte, its
+// writers are several, and set bits in words that are zero before.
+class Bits {
+ public:
+  Bits(int32_t* words, const Layout& layout, const Walk& walk)
+      : words_(reinterpret_cast<uint32_t*>(words)), bytes_(reinterpret_cast<uint8_t*>(words)) {
+    whole_bytes_ = walk.rows == 1 || (walk.by_columns ? walk.period : layout.inner) % 8 == 0;
+    const int64_t count = words_of(layout.numel());
+    if (whole_bytes_) {
+      words_[count - 1] = 0;  // its last bytes may be nobody's
+    } else {
+      std::fill_n(words_, count, 0);
+    }
+  }
+
+  void put(int64_t i, uint32_t bits, Whole) const {
+    if (whole_bytes_) {
+      std::memcpy(bytes_ + i / 8, &bits, kLanes / 8);
+    } else {
+      set(i, bits);
+    }
+  }
+  void put(int64_t i, uint32_t bits, First lanes) const {
+    bits &= (1u << lanes.n) - 1;
+    if (whole_bytes_) {
+      std::memcpy(bytes_ + i / 8, &bits, (lanes.n + 7) / 8);
+    } else {
+      set(i, bits);
+    }
+  }
+
+ private:
+  void set(int64_t i, uint32_t bits) const {
+    const uint64_t both = uint64_t{bits} << i % kWordBits;
+    const auto low = static_cast<uint32_t>(both), high = static_cast<uint32_t>(both >> kWordBits);
+    uint32_t* const word = words_ + i / kWordBits;
+    if (low) std::atomic_ref<uint32_t>(word[0]).fetch_or(low, std::memory_order_relaxed);
+    if (high) std::atomic_ref<uint32_t>(word[1]).fetch_or(high, std::memory_order_relaxed);
+  }
+
+  uint32_t* words_;
+  uint8_t* bytes_;
+  bool whole_bytes_;
+};
+
+template <class T>
+struct MaskedForward {
+  static constexpr int kSums = 0;
+  const T* x;
+  Results<T> out;
+  Bits bits;
+  Vec levels;
+
+  template <class Field>
+  GridVec params(Field field) const {
+    return grid_params(field);
+  }
+
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
+    const Vec position = position_of(load(x + i, lanes), grid), clamped = clamp_code(position, levels);
+    bits.put(i, bits_of(equal(position, clamped)), lanes);  // never of a NaN
+    out.put(i, grid.offset + grid.step * round_to_even(clamped), lanes);
+  }
+};
+
+// T: an unsigned integer as wide as an element, for nothing is computed.
+template <class T>
+void apply_mask_to(const ApplyMaskArgs& args) {
+  constexpr int kElements = sizeof(Vec) / sizeof(T), kElementsALane = sizeof(float) / sizeof(T);
+  const Layout flat{1, 1, args.numel / kElementsALane};  // of lanes
+  const Walk walk = walk_of(flat);
+  const int64_t count = (args.numel + kPiece - 1) / kPiece;
+  parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+    const Results<float> out(args.out, flat, walk);
+    const T* const grad = static_cast<const T*>(args.grad);
+    const auto* const bytes = reinterpret_cast<const uint8_t*>(args.mask);
+    const int64_t last = std::min(end * kPiece, args.numel);
+    int64_t i = begin * kPiece;
+#pragma GCC unroll 4
+    for (; i + kElements <= last; i += kElements) {
+      uint32_t bits = 0;
+      std::memcpy(&bits, bytes + i / 8, kElements / 8);
+      out.put(i / kElementsALane, load_where(grad + i, bits), Whole{});
+    }
+    for (; i < last; ++i) static_cast<T*>(args.out)[i] = bytes[i / 8] >> i % 8 & 1 ? grad[i] : T{0};
+    finish_streams();
+  });
+}
+
 }  // namespace
 
 void fake_quantize_forward(const FakeQuantizeArgs& args) {
@@ -96,6 +192,21 @@ void fake_quantize_backward(const FakeQuantizeArgs& args) {
         return run.template operator()<Ste::kFull>();
     }
   });
+}
+
+void fake_quantize_masked(const FakeQuantizeArgs& args) {
+  const Walk walk = walk_of(args.layout);
+  const ChannelTable table = grid_table(args.layout, walk, args.grid);
+  const Vec levels = splat(static_cast<float>(args.levels));
+  with_type(args.dtype, [&]<class T>(T*) {
+    traverse(args.layout, walk, table,
+             MaskedForward<T>{static_cast<const T*>(args.x), Results<T>(args.out, args.layout, walk),
+                              Bits(args.mask, args.layout, walk), levels});
+  });
+}
+
+void apply_mask(const ApplyMaskArgs& args) {
+  args.dtype == DType::kFloat32 ? apply_mask_to<uint32_t>(args) : apply_mask_to<uint16_t>(args);
 }
 
 }  // namespace qk::cpu::QK_CPU_ISA

@@ -12,6 +12,8 @@ struct Kernels {
   void (*range_errors)(const RangeErrorsArgs&);
   void (*fake_quantize_forward)(const FakeQuantizeArgs&);
   void (*fake_quantize_backward)(const FakeQuantizeArgs&);
+  void (*fake_quantize_masked)(const FakeQuantizeArgs&);
+  void (*apply_mask)(const ApplyMaskArgs&);
   void (*attention_quantize_forward)(const AttentionArgs&);
   void (*attention_quantize_backward)(const AttentionArgs&);
   void (*learned_basis_forward)(const LearnedBasisArgs&);

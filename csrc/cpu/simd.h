@@ -46,6 +46,7 @@ inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline Mask less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
+inline Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 inline Mask both(Mask a, Mask b) { return a & b; }
 inline Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
 inline Vec keep(Mask m, Vec a) { return {_mm512_maskz_mov_ps(m, a.v)}; }  // a where m, else 0
@@ -54,6 +55,12 @@ inline Vec add_where(Vec a, Mask m, Vec b) { return {_mm512_mask_add_ps(a.v, m, 
 // Not the sum with a magic number: one instruction, and right for every float.
 inline Vec round_to_even(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }
+inline uint32_t bits_of(Mask m) { return m; }  // bit i: lane i
+// A register of elements, those whose bit is not set made 0: bits as they are, no arithmetic.
+inline Vec load_where(const uint32_t* p, uint32_t bits) {
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(bits), p))};
+}
+inline Vec load_where(const uint16_t* p, uint32_t bits) { return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(bits, p))}; }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
@@ -142,6 +149,7 @@ inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Mask less(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
 inline Mask less_equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ); }
+inline Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
 inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
 inline Vec keep(Mask m, Vec a) { return {_mm256_and_ps(m, a.v)}; }
@@ -150,6 +158,19 @@ inline Vec add_where(Vec a, Mask m, Vec b) { return a + keep(m, b); }
 inline Vec round_to_even(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask first_lanes(int n) {
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+}
+inline uint32_t bits_of(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+inline Vec load_where(const uint32_t* p, uint32_t bits) {
+  const __m256i own_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), own_bit);
+  const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_and_si256(values, _mm256_cmpeq_epi32(set, own_bit)))};
+}
+inline Vec load_where(const uint16_t* p, uint32_t bits) {
+  const __m256i own_bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits)), own_bit);
+  const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_and_si256(values, _mm256_cmpeq_epi16(set, own_bit)))};
 }
 
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -257,6 +278,9 @@ inline Mask less(Vec a, Vec b) {
 inline Mask less_equal(Vec a, Vec b) {
   return map_mask([&](int i) { return a.v[i] <= b.v[i]; });
 }
+inline Mask equal(Vec a, Vec b) {
+  return map_mask([&](int i) { return a.v[i] == b.v[i]; });
+}
 inline Mask both(Mask a, Mask b) {
   return map_mask([&](int i) { return (a.v[i] & b.v[i]) != 0; });
 }
@@ -275,6 +299,19 @@ inline Vec round_to_even(Vec a) {
 }
 inline Mask first_lanes(int n) {
   return map_mask([&](int i) { return i < n; });
+}
+inline uint32_t bits_of(Mask m) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (m.v[i] & 1u) << i;
+  return bits;
+}
+template <class T>
+inline Vec load_where(const T* p, uint32_t bits) {
+  T kept[sizeof(Vec) / sizeof(T)];
+  for (size_t i = 0; i < sizeof(Vec) / sizeof(T); ++i) kept[i] = bits >> i & 1u ? p[i] : T{0};
+  Vec r;
+  std::memcpy(&r, kept, sizeof r);
+  return r;
 }
 
 inline float as_float(uint32_t bits) {

@@ -1,8 +1,23 @@
 // fake_quantize and encode: one pass forward; backward one pass that reduces as it goes.
 
 #include "cuda/fake_quantize.cuh"
+#include "cuda/mask.cuh"
 
 namespace qk::cuda {
+namespace {
+
+bool multiples_of_16(const void* a, const void* b) {
+  return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
+}
+
+// For kernels that walk a tensor in memory order, a pack a thread.
+template <class T>
+dim3 blocks_of_packs(const Context& context, int64_t numel) {
+  const int64_t most = int64_t{context.multiprocessors} * kBlocksPerMultiprocessor;
+  return blocks(std::min(most, divide_up(numel, int64_t{kThreads} * kPackSize<T>)));
+}
+
+}  // namespace
 
 void fake_quantize_forward(const FakeQuantizeArgs& args, const Context& context) {
   with_type(args.dtype, [&]<class T>(T*) {
@@ -44,6 +59,24 @@ void fake_quantize_backward(const FakeQuantizeArgs& args, const Context& context
       case Ste::kFull:
         return run.template operator()<true>();
     }
+  });
+}
+
+void fake_quantize_masked(const FakeQuantizeArgs& args, const Context& context) {
+  with_type(args.dtype, [&]<class T>(T*) {
+    const auto kernel =
+        args.layout.channels == 1 ? fake_quantize_masked_kernel<T, true> : fake_quantize_masked_kernel<T, false>;
+    launch(context, blocks_of_packs<T>(context, args.layout.numel()), kThreads, kernel, static_cast<const T*>(args.x),
+           args.grid, static_cast<T*>(args.out), args.mask, args.layout, static_cast<float>(args.levels),
+           multiples_of_16(args.x, args.out));
+  });
+}
+
+void apply_mask(const ApplyMaskArgs& args, const Context& context) {
+  with_type(args.dtype, [&]<class T>(T*) {
+    launch(context, blocks_of_packs<T>(context, args.numel), kThreads, apply_mask_kernel<T>,
+           static_cast<const T*>(args.grad), args.mask, static_cast<T*>(args.out), args.numel,
+           multiples_of_16(args.grad, args.out));
   });
 }
 

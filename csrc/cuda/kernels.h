@@ -31,6 +31,8 @@ void range_errors(const RangeErrorsArgs& args, const Context& context);
 
 void fake_quantize_forward(const FakeQuantizeArgs& args, const Context& context);
 void fake_quantize_backward(const FakeQuantizeArgs& args, const Context& context);
+void fake_quantize_masked(const FakeQuantizeArgs& args, const Context& context);
+void apply_mask(const ApplyMaskArgs& args, const Context& context);
 
 void attention_quantize_forward(const AttentionArgs& args, const Context& context);
 void attention_quantize_backward(const AttentionArgs& args, const Context& context);

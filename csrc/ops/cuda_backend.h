@@ -59,6 +59,10 @@ struct CudaBackend {
   static void fake_quantize_backward(const FakeQuantizeArgs& args, const Tensor& x) {
     run("fake_quantize_backward", x, cuda::fake_quantize_backward, args);
   }
+  static void fake_quantize_masked(const FakeQuantizeArgs& args, const Tensor& x) {
+    run("fake_quantize_masked", x, cuda::fake_quantize_masked, args);
+  }
+  static void apply_mask(const ApplyMaskArgs& args, const Tensor& grad) { run("apply_mask", grad, cuda::apply_mask, args); }
   static void attention_quantize_forward(const AttentionArgs& args, const Tensor& x) {
     run("attention_quantize", x, cuda::attention_quantize_forward, args);
   }
@@ -97,6 +101,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("range_errors", TORCH_BOX(&range_errors<Kernels>));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize<Kernels>));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward<Kernels>));
+  m.impl("fake_quantize_masked", TORCH_BOX(&fake_quantize_masked<Kernels>));
+  m.impl("apply_mask", TORCH_BOX(&apply_mask<Kernels>));
   m.impl("attention_quantize", TORCH_BOX(&attention_quantize<Kernels>));
   m.impl("attention_quantize_backward", TORCH_BOX(&attention_quantize_backward<Kernels>));
   m.impl("attention_gradient", TORCH_BOX(&attention_gradient<Kernels>));

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "core/bitplanes.h"
 #include "ops/dispatch.h"
 
 namespace qk::ops {
@@ -74,6 +75,38 @@ std::tuple<Tensor, Tensor> fake_quantize_backward(const Tensor& grad_in, const T
   args.sums = range_sums ? static_cast<float*>(sums.mutable_data_ptr()) : nullptr;
   if (x.numel() > 0) Backend::fake_quantize_backward(args, x);
   return {grad_x, sums};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> fake_quantize_masked(const Tensor& x_in, const Tensor& grid_in, int64_t levels,
+                                                std::optional<int64_t> axis) {
+  constexpr const char* op = "fake_quantize_masked";
+  check_float(op, "x", x_in);
+  const Tensor x = dense(x_in);
+  const Tensor grid = parameters(op, "grid", grid_in, x, {layout_of(op, x, axis).channels, kGridColumns});
+  FakeQuantizeArgs args =
+      fake_quantize_args(op, x, grid, static_cast<int64_t>(Kind::kUniform), levels, static_cast<int64_t>(Ste::kClip), axis);
+  Tensor out = new_like(x);
+  Tensor mask = new_tensor(x, {words_of(x.numel())}, ScalarType::Int);
+  args.out = out.mutable_data_ptr();
+  args.mask = static_cast<int32_t*>(mask.mutable_data_ptr());
+  if (x.numel() > 0) Backend::fake_quantize_masked(args, x);
+  return {out, mask};
+}
+
+template <class Backend>
+Tensor apply_mask(const Tensor& grad_in, const Tensor& mask_in) {
+  constexpr const char* op = "apply_mask";
+  check_float(op, "grad", grad_in);
+  check_type(op, "mask", mask_in, ScalarType::Int);
+  check_shape(op, "mask", mask_in, {words_of(grad_in.numel())});
+  check_same_device(op, "mask", mask_in, grad_in);
+  const Tensor grad = dense(grad_in), mask = as_contiguous(mask_in);
+  Tensor out = new_like(grad);
+  const ApplyMaskArgs args{grad.numel(), dtype_of(grad), static_cast<const int32_t*>(mask.const_data_ptr()),
+                           grad.const_data_ptr(), out.mutable_data_ptr()};
+  if (grad.numel() > 0) Backend::apply_mask(args, grad);
+  return out;
 }
 
 }  // namespace qk::ops

@@ -36,6 +36,10 @@ struct Cpu {
   static void fake_quantize_backward(const FakeQuantizeArgs& args, const Tensor&) {
     cpu::kernels().fake_quantize_backward(args);
   }
+  static void fake_quantize_masked(const FakeQuantizeArgs& args, const Tensor&) {
+    cpu::kernels().fake_quantize_masked(args);
+  }
+  static void apply_mask(const ApplyMaskArgs& args, const Tensor&) { cpu::kernels().apply_mask(args); }
   static void attention_quantize_forward(const AttentionArgs& args, const Tensor&) {
     cpu::kernels().attention_quantize_forward(args);
   }
@@ -70,6 +74,8 @@ STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) {
   m.impl("range_errors", TORCH_BOX(&range_errors<Cpu>));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize<Cpu>));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward<Cpu>));
+  m.impl("fake_quantize_masked", TORCH_BOX(&fake_quantize_masked<Cpu>));
+  m.impl("apply_mask", TORCH_BOX(&apply_mask<Cpu>));
   m.impl("attention_quantize", TORCH_BOX(&attention_quantize<Cpu>));
   m.impl("attention_quantize_backward", TORCH_BOX(&attention_quantize_backward<Cpu>));
   m.impl("attention_gradient", TORCH_BOX(&attention_gradient<Cpu>));

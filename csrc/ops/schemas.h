@@ -18,6 +18,9 @@ inline void define_schemas(torch::stable::detail::StableLibrary& m) {
   m.def(
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor grid, int kind, int levels, int ste, int? axis, "
       "bool range_sums=True) -> (Tensor, Tensor)");
+  // Uniform, with the clip's gradient: one bit an element, int32 [ceil(numel / 32)], in the order of the elements in memory.
+  m.def("fake_quantize_masked(Tensor x, Tensor grid, int levels, int? axis) -> (Tensor, Tensor)");
+  m.def("apply_mask(Tensor grad, Tensor mask) -> Tensor");
 
   m.def(
       "attention_quantize(Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int[] stes, int? axis, "

@@ -19,7 +19,13 @@ from .attention import (
 )
 from .bitplanes import encode, pack_bitplanes, plane_count, quantize_pack, unpack_bitplanes
 from .conv import lowbit_conv2d
-from .fake_quantize import differentiable_fake_quantize, fake_quantize, fake_quantize_backward
+from .fake_quantize import (
+    apply_mask,
+    differentiable_fake_quantize,
+    fake_quantize,
+    fake_quantize_backward,
+    fake_quantize_masked,
+)
 from .learned_basis import (
     differentiable_learned_basis_quantize,
     learned_basis_encode,
@@ -31,6 +37,7 @@ from .matmul import lowbit_linear
 from .stats import channel_stats, conditional_abs_mean, minmax_grids, range_errors
 
 __all__ = [
+    "apply_mask",
     "attention_gradient",
     "attention_quantize",
     "attention_quantize_backward",
@@ -42,6 +49,7 @@ __all__ = [
     "encode",
     "fake_quantize",
     "fake_quantize_backward",
+    "fake_quantize_masked",
     "learned_basis_encode",
     "learned_basis_quantize",
     "learned_basis_quantize_backward",

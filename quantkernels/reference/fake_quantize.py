@@ -99,6 +99,23 @@ def fake_quantize_backward(
     return torch.where(mask, g, 0.0).to(x.dtype), sums
 
 
+def fake_quantize_masked(x: Tensor, grid: Tensor, levels: int, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """q, and whether 0 <= v <= levels: bit i % 32 of int32 word i // 32 for element i of x in memory, zeros behind."""
+    v = position(x, grid, axis)
+    inside = torch.empty_like(x, dtype=torch.bool).copy_((v >= 0) & (v <= levels))
+    bits = inside.as_strided((inside.numel(),), (1,)).long()
+    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 32)).view(-1, 32)
+    return fake_quantize(x, grid, UNIFORM, levels, CLIP_STE, axis), (bits << torch.arange(32)).sum(1).int()
+
+
+def apply_mask(grad: Tensor, mask: Tensor) -> Tensor:
+    """grad where the bit of its place in memory is set, else 0."""
+    bits = (mask[:, None] >> torch.arange(32)) & 1
+    kept = torch.empty_like(grad, dtype=torch.bool)
+    kept.as_strided((grad.numel(),), (1,)).copy_(bits.flatten()[: grad.numel()])
+    return torch.where(kept, grad, torch.zeros_like(grad))
+
+
 def differentiable_fake_quantize(
     x: Tensor, grid: Tensor, kind: int, levels: int, ste: int = IDENTITY_STE, axis: int | None = None
 ) -> Tensor:

@@ -95,6 +95,8 @@ ARGUMENTS: dict[str, Callable[[Problem, str], tuple[Any, ...]]] = {
     "range_errors": lambda p, d: (p.x(d), _channels(p, d, 11), 15, p.axis),
     "fake_quantize": lambda p, d: (p.x(d), p.grid(d), *p.quantizer),
     "fake_quantize_backward": lambda p, d: (p.grad(d), p.x(d), p.grid(d), *p.quantizer),
+    "fake_quantize_masked": lambda p, d: (p.x(d), p.grid(d), p.levels, p.axis),
+    "apply_mask": lambda p, d: (p.grad(d), torch.arange((p.per_channel * p.channels + 31) // 32, device=d).int()),
     "attention_quantize": lambda p, d: (p.x(d), *_mixture(p, d), _stes(), p.axis),
     "attention_quantize_backward": lambda p, d: (p.grad(d), p.x(d), *_mixture(p, d, 6), _stes(6), p.axis),
     "attention_gradient": lambda p, d: (p.grad(d), p.x(d), *_mixture(p, d), p.axis),

@@ -1,4 +1,7 @@
-"""fake_quantize and encode: q = offset + step * code(x), its straight-through gradient, and the codes alone."""
+"""fake_quantize and encode: q = offset + step * code(x), its straight-through gradient, and the codes alone.
+
+The masked form walks memory in its order, whatever the channels: 32 neighbours share a word of the mask.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._checks import check_axis, check_float, check_like, check_quantizer, parameters
+from ._checks import check, check_axis, check_float, check_like, check_quantizer, parameters
 from ._tiles import (
     EXACT,
     FULL_STE,
@@ -22,6 +25,8 @@ from ._tiles import (
     tile_of,
     tiles_of,
 )
+
+_WORDS = 64  # of a mask, a program: 2048 elements, as a tile has
 
 
 @triton.jit
@@ -88,6 +93,58 @@ def fake_quantize_backward_kernel(
 
 
 @triton.jit
+def words_of_program(numel, WIDE: tl.constexpr, WORDS: tl.constexpr):
+    """This program's words of a mask [WORDS, 1], their bits [1, 32], the element of each, and whether there is one."""
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)[:, None]
+    if WIDE:
+        word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)[:, None]
+    bit = tl.arange(0, 32)[None, :]
+    place = word * 32 + bit
+    return word, bit, place, place < numel
+
+
+@triton.jit
+def fake_quantize_masked_kernel(
+    x,  # [outer, channels, inner]
+    grid,  # [channels, 3]
+    out,  # like x
+    mask,  # [ceil(numel / 32)]
+    numel,
+    channels,
+    inner,
+    LEVELS: tl.constexpr,
+    ONE_CHANNEL: tl.constexpr,
+    WIDE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """out as above; bit i % 32 of mask[i // 32]: whether element i of the memory is inside the range."""
+    word, bit, place, inside = words_of_program(numel, WIDE, WORDS)
+    channel = tl.zeros((1, 1), tl.int32) if ONE_CHANNEL else (place // inner) % channels
+    offset, step, inverse, _ = load_grid(grid, channel, channels)
+    v = (load_float(x + place, inside) - offset) * inverse
+    clamped = clamp_code(v, LEVELS)
+    store_rounded(out + place, offset + step * round_to_even(clamped), inside)
+    bits = tl.where(inside & (v == clamped), 1, 0) << bit
+    tl.store(mask + word, tl.sum(bits, axis=1, keep_dims=True), mask=word * 32 < numel)
+
+
+@triton.jit
+def apply_mask_kernel(
+    grad,  # [numel], as integers of the width of its elements
+    mask,  # [ceil(numel / 32)]
+    out,  # like grad
+    numel,
+    WIDE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """out = grad where the bit is set, else 0."""
+    word, bit, place, inside = words_of_program(numel, WIDE, WORDS)
+    bits = tl.load(mask + word, mask=word * 32 < numel, other=0)
+    value = tl.load(grad + place, mask=inside, other=0)
+    tl.store(out + place, tl.where((bits >> bit) & 1 == 1, value, 0).to(value.dtype), mask=inside)
+
+
+@triton.jit
 def store_sum(pointer, value, inside):
     """Sum the tile [CHANNEL_BLOCK, ELEMENT_BLOCK] along its elements, one number a channel."""
     tl.store(pointer, tl.sum(value, axis=1, keep_dims=True), mask=inside)
@@ -135,6 +192,43 @@ def fake_quantize_backward(
     return grad_x, partial.sum(0, dtype=torch.float64).float() if range_sums else partial
 
 
+def fake_quantize_masked(x: Tensor, grid: Tensor, levels: int, axis: int | None) -> tuple[Tensor, Tensor]:
+    """q like x, and int32 [ceil(numel / 32)]: where clip lets the gradient pass, a bit an element in memory order."""
+    op = "fake_quantize_masked"
+    check_float(op, "x", x)
+    check_quantizer(op, 0, levels)
+    x = dense(x)
+    grid = parameters(op, "grid", grid, x, check_axis(op, x, axis), 3)
+    out, mask = torch.empty_like(x), x.new_empty(triton.cdiv(x.numel(), 32), dtype=torch.int32)
+    if x.numel() > 0:
+        tiles = tiles_of(x, axis)
+        fake_quantize_masked_kernel[(triton.cdiv(mask.numel(), _WORDS),)](
+            *(x, grid, out, mask, x.numel(), tiles.channels, tiles.inner),
+            **{"LEVELS": levels, "ONE_CHANNEL": tiles.channels == 1, "WIDE": tiles.arguments["WIDE"], "WORDS": _WORDS},
+            **EXACT,
+        )
+    return out, mask
+
+
+def apply_mask(grad: Tensor, mask: Tensor) -> Tensor:
+    """grad where its bit is set, else 0; grad in the memory order of the x that the mask is of."""
+    op = "apply_mask"
+    check_float(op, "grad", grad)
+    check(mask.dtype == torch.int32, op, "mask", "Int", mask.dtype)
+    words = triton.cdiv(grad.numel(), 32)
+    check(list(mask.shape) == [words], op, "mask", f"of shape {[words]}", list(mask.shape))
+    check(mask.device == grad.device, op, "mask", "on the device of x", "another one")
+    grad = dense(grad)
+    out = torch.empty_like(grad)
+    if grad.numel() > 0:
+        as_integers = torch.int32 if grad.dtype == torch.float32 else torch.int16
+        apply_mask_kernel[(triton.cdiv(words, _WORDS),)](
+            *(grad.view(as_integers), mask.contiguous(), out.view(as_integers), grad.numel()),
+            **{"WIDE": tiles_of(grad, None).arguments["WIDE"], "WORDS": _WORDS},
+        )
+    return out
+
+
 def encode(x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | None) -> Tensor:
     """``quantkernels.ops.encode``: uint8 codes in the layout of x."""
     check_float("encode", "x", x)
@@ -145,5 +239,7 @@ def encode(x: Tensor, grid: Tensor, kind: int, levels: int, axis: int | None) ->
 OPS = {
     "fake_quantize": fake_quantize,
     "fake_quantize_backward": fake_quantize_backward,
+    "fake_quantize_masked": fake_quantize_masked,
+    "apply_mask": apply_mask,
     "encode": encode,
 }

@@ -69,6 +69,10 @@ def test_fake_quantize(walk: tuple[tuple[int, ...], int | None], dtype: torch.dt
         arguments = x, grid_of(channels, levels), kind, levels
         assert_bit_equal(EMU.ops.fake_quantize(*arguments, 0, axis), reference.fake_quantize(*arguments, 0, axis))
         assert_bit_equal(EMU.ops.encode(*arguments, axis), reference.encode(*arguments, axis))
+    (q, mask), expected = (run.fake_quantize_masked(x, grid_of(channels, 15), 15, axis) for run in (EMU.ops, reference))
+    assert_bit_equal(q, expected[0])
+    assert_bit_equal(mask, expected[1])
+    assert_bit_equal(EMU.ops.apply_mask(grad, mask), reference.apply_mask(grad, mask))
     for ste in (0, 1, 2):
         arguments = grad, x, grid_of(channels, 15), 0, 15, ste, axis
         actual, expected = EMU.ops.fake_quantize_backward(*arguments), reference.fake_quantize_backward(*arguments)

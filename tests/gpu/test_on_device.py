@@ -114,6 +114,8 @@ LAUNCHES = {
     "conditional_abs_mean": 2,
     "fake_quantize": 1,
     "fake_quantize_backward": 2,
+    "fake_quantize_masked": 1,
+    "apply_mask": 1,
 }
 LAUNCHES |= {"attention_quantize": 1, "attention_quantize_backward": 2, "attention_gradient": 2, "encode": 1}
 NATIVE = [op for op in LAUNCHES if any(b.name == "cuda" and b.has(op) for b in ON_GPU)]

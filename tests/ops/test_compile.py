@@ -30,6 +30,11 @@ def learned(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     return ops.fake_quantize(x, grid, Kind.UNIFORM, 15, Ste.FULL).square()
 
 
+def clipped(x: torch.Tensor) -> torch.Tensor:
+    grid = torch.tensor([[-1.0, 0.2, 0.0]], device=x.device)
+    return ops.fake_quantize(x, grid, Kind.UNIFORM, 7, Ste.CLIP).square()
+
+
 def mixture(x: torch.Tensor, logits: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
     kinds, levels, stes = [Kind.UNIFORM, Kind.BINARY], [3, 1], [Ste.CLIP, Ste.IDENTITY]
     return ops.attention_quantize(x, logits.softmax(0), grids, kinds, levels, stes, None).sin()
@@ -48,6 +53,7 @@ def inputs_of(function, device: str) -> list[torch.Tensor]:
         minmax: [torch.randn(6, 20)],
         learned: [torch.randn(5, 9), one],
         learned_basis: [torch.randn(5, 9)],
+        clipped: [torch.randn(3, 50)],
         mixture: [torch.randn(4, 7), torch.tensor([0.3, -0.2]), torch.stack((one, 2 * one))],
     }[function]
     return [t.to(device).requires_grad_() for t in inputs]
@@ -65,7 +71,7 @@ def check(function, device: str, **options) -> None:
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("function", [minmax, learned, learned_basis, mixture])
+@pytest.mark.parametrize("function", [minmax, learned, learned_basis, clipped, mixture])
 def test_whole_graph(backend, function):
     with backend.chosen():
         check(function, backend.device, backend="aot_eager")

@@ -9,8 +9,9 @@ from torch.library import opcheck
 from quantkernels import ops, reference
 from quantkernels.ops import Kind, Ste
 from quantkernels.testing import Problem, assert_bit_equal, assert_sums_close, problems
+from quantkernels.testing.inputs import LAYOUTS
 
-pytestmark = pytest.mark.ops("fake_quantize", "fake_quantize_backward")
+pytestmark = pytest.mark.ops("fake_quantize", "fake_quantize_backward", "fake_quantize_masked", "apply_mask")
 NAN, INF = float("nan"), float("inf")
 FEW = [
     Problem((37,), levels=7, ste=Ste.FULL),
@@ -42,6 +43,46 @@ def test_backward(backend, problem):
     assert nothing.shape == (0, 3)
 
 
+@pytest.mark.parametrize("problem", problems(quantizers=[(Kind.UNIFORM, 1), (Kind.UNIFORM, 15)]), ids=str)
+def test_masked(backend, problem):
+    x, grid = problem.x(backend.device), problem.grid(backend.device)
+    q, mask = backend.ops.fake_quantize_masked(x, grid, problem.levels, problem.axis)
+    expected = reference.fake_quantize_masked(x.cpu(), grid.cpu(), problem.levels, problem.axis)
+    assert_bit_equal(q, expected[0])
+    assert_bit_equal(mask, expected[1])
+    grad = torch.empty_like(q).copy_(problem.grad(backend.device))
+    grad_x = backend.ops.apply_mask(grad, mask)
+    assert_bit_equal(grad_x, reference.apply_mask(grad.cpu(), expected[1]))
+    clip = problem.kind, problem.levels, Ste.CLIP, problem.axis
+    assert_bit_equal(grad_x, backend.ops.fake_quantize_backward(grad, x, grid, *clip)[0])
+    assert grad_x.stride() == q.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", [None, 1])
+def test_a_constant_grid_keeps_one_bit_an_element(backend, layout, axis):
+    problem = Problem((2, 8, 5, 6), layout=layout, axis=axis, levels=7, ste=Ste.CLIP)
+    x, grid, grad = (make(backend.device) for make in (problem.x, problem.grid, problem.grad))
+    kept: list[torch.Tensor] = []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)
+        return t
+
+    with backend.chosen(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        q = ops.fake_quantize(x.requires_grad_(), grid, *problem.quantizer)
+    expected = reference.fake_quantize_backward(grad.cpu(), x.detach().cpu(), grid.cpu(), *problem.quantizer)[0]
+    for upstream in (grad, torch.empty_like(q).copy_(grad)):
+        assert_bit_equal(torch.autograd.grad(q, x, upstream, retain_graph=True)[0], expected)
+    ones = torch.autograd.grad(q.sum(), x, retain_graph=True)[0]  # an expanded gradient
+    assert_bit_equal(ones, torch.autograd.grad(q, x, torch.ones_like(q))[0])
+    # Where channels end inside a byte, x is quicker.
+    if axis is None or layout == "channels_last":
+        assert sum(t.nbytes for t in kept) == x.numel() // 8
+    elif layout == "contiguous":
+        assert sum(t.nbytes for t in kept) == x.nbytes + grid.nbytes
+
+
 @pytest.mark.parametrize("ste", Ste)
 def test_gradient_outside_the_range_is_dropped_even_if_it_is_not_finite(backend, ste):
     x = torch.tensor([-5.0, 0.3, 5.0, NAN], device=backend.device)
@@ -50,6 +91,9 @@ def test_gradient_outside_the_range_is_dropped_even_if_it_is_not_finite(backend,
     grad_x, _ = backend.ops.fake_quantize_backward(grad, x, grid, 0, 3, ste, None)
     expected = [INF, 1.0, NAN, 1.0] if ste == Ste.IDENTITY else [0.0, 1.0, 0.0, 0.0]
     assert_bit_equal(grad_x.cpu(), torch.tensor(expected))
+    if ste == Ste.CLIP:
+        mask = backend.ops.fake_quantize_masked(x, grid, 3, None)[1]
+        assert_bit_equal(backend.ops.apply_mask(grad, mask).cpu(), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("ste", [Ste.CLIP, Ste.FULL])
@@ -112,6 +156,9 @@ def test_results_past_the_cache_are_those_of_their_parts(dtype, rows, columns, a
         assert_bit_equal(q.chunk(4)[i], kernels.fake_quantize(part, own, *problem.quantizer))
         alone = kernels.fake_quantize_backward(grad.chunk(4)[i], part, own, *problem.quantizer)[0]
         assert_bit_equal(grad_x.chunk(4)[i], alone)
+    masked, mask = kernels.fake_quantize_masked(x, grid, problem.levels, axis)
+    assert_bit_equal(masked, q)
+    assert_bit_equal(kernels.apply_mask(grad, mask), grad_x)
 
 
 @pytest.mark.parametrize("axis, layout", [(None, "contiguous"), (1, "contiguous"), (1, "channels_last")])
@@ -139,6 +186,11 @@ def test_opcheck(backend, problem):
     arguments = (problem.grad(backend.device), x.detach(), grid.detach(), *problem.quantizer)
     opcheck(backend.ops.fake_quantize_backward.default, arguments)
     opcheck(backend.ops.fake_quantize_backward.default, (*arguments, False))
+    if problem.kind == Kind.UNIFORM:
+        masked = (leaves[0], grid.detach(), problem.levels, problem.axis)
+        opcheck(backend.ops.fake_quantize_masked.default, masked)
+        q, mask = backend.ops.fake_quantize_masked(*masked)
+        opcheck(backend.ops.apply_mask.default, (torch.ones_like(q), mask))
 
 
 GRID = torch.tensor([[0.0, 1.0, 0.0]])
@@ -168,6 +220,18 @@ def test_complaints_name_op_argument_expected_and_got(backend, name):
     arguments = {k: v.to(backend.device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     with pytest.raises(RuntimeError, match=f"^fake_quantize: {message}"):
         backend.ops.fake_quantize(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (torch.zeros(2, dtype=torch.int32), r"of shape \[1\], got \[2\]"),
+        (torch.zeros(1, dtype=torch.uint8), "Int, got Byte"),
+    ],
+)
+def test_a_mask_of_another_size_or_type_is_refused(backend, mask, message):
+    with pytest.raises(RuntimeError, match=f"^apply_mask: mask must be {message}"):
+        backend.ops.apply_mask(torch.zeros(5, 6, device=backend.device), mask.to(backend.device))
 
 
 def test_a_gradient_of_another_shape_or_type_is_refused(backend):

@@ -28,7 +28,7 @@ LINEAR = {
     **{"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 32, "BLOCK_DEPTH": 64},
 }
 # What is known of an argument to be a multiple of 16; pointers always are.
-ALIGNED = ("elements", "inner")
+ALIGNED = ("elements", "inner", "numel")
 
 
 def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
@@ -60,6 +60,13 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             yield "stats" + ending, stats.channel_stats_kernel, sums, walk
             yield "mean" + ending, stats.conditional_abs_mean_kernel, sums, walk
             yield "errors" + ending, stats.range_errors_kernel, sums, {"COUNT": 9, "LEVELS": 15, **walk}
+        for channels, one in (("one", True), ("several", False)):
+            masked, constants = {"x": x, "grid": FLOATS, "out": x, "mask": "*i32"}, {"ONE_CHANNEL": one, "WIDE": False}
+            constants |= {"LEVELS": 15, "WORDS": 64}
+            yield f"masked-{type_name}-{channels}", fake_quantize.fake_quantize_masked_kernel, masked, constants
+        integer = "*i16" if type_name == "bf16" else "*i32"
+        bits = {"grad": integer, "mask": "*i32", "out": integer}
+        yield f"apply_mask-{type_name}", fake_quantize.apply_mask_kernel, bits, {"WIDE": False, "WORDS": 64}
         linear = {"x": x, "out": x, "x_grid": FLOATS, "w_grid": FLOATS, "planes": "*i32", "bias": FLOATS}
         bounds = {"lower": "fp32", "upper": "fp32"}
         yield f"linear-{type_name}", matmul.lowbit_linear_kernel, {**linear, **bounds}, LINEAR
