@@ -21,7 +21,7 @@ ALGORITHMS = {
         "policy": {"layers": {name: [3, 4] for name in SEARCHED} | {"4.downsample.0": [2, 3]}},
         "calibration_batches": 2,
     },
-    "DiffQ": {"name": "diffq", "penalty": 100.0, "bits_lr": 0.05, "groups": "channel"},
+    "DiffQ": {"name": "diffq", "penalty": 10.0, "bits_lr": 0.05, "groups": "channel", "max_bits": 4},
     "switchable BN": {"name": "switchable_bn", "bits": [4, 2], "zero_shot": [3], "calibration_batches": 2},
     "AdaBits": {"name": "adabits", "bits": [4, 2], "weight": "CentredDoReFa"},
     "CoQuant": {
@@ -29,6 +29,7 @@ ALGORITHMS = {
         "bits": [8, 4, 2],
         "zero_shot": [3],
         "calibration_batches": 2,
+        "distance": 1e-6,  # so that the confidence decides, which is not the same in parts of a batch
         "swap": "uniform",
         "p1": 0.5,
     },
@@ -49,7 +50,7 @@ def small(tiny, name, batch_norm=True):
     """The config of a run of 8 steps in 2 epochs, with a checkpoint after the fifth."""
     return tiny(
         model={"name": "tiny_residual", "batch_norm": batch_norm},
-        data={"batch_size": 300},
+        data={"batch_size": 60, "subset": 240},
         run={"epochs": 2, "checkpoint_steps": 5},
         algorithm=ALGORITHMS[name],
     )

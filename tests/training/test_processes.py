@@ -81,12 +81,16 @@ def test_resumed_run_is_the_whole_run(two_processes, same_weights):
     assert same_weights(two_processes / "norm", two_processes / "resumed")
 
 
+# Of a tensor's norm. Sums in another order move a few values across a rounding tie; a step of LSQ learns from the
+# rounding errors themselves, most of all one of 8 bits, whose errors are the least alike.
+TOLERANCE = {"LIMPQ": 5e-2, "mixed precision": 5e-2}
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_two_processes_train_an_algorithm_as_one_does(two_processes, tiny, tmp_path, name):
-    """The same network on both, and the losses, choices and figures of one process with the same whole batches.
+    """The same network on both, and the losses, choices and network of one process with the same whole batches.
 
-    Without batch-norm, whose statistics are those of each half. Sums in another order move a few values across a
-    rounding tie, hence the tolerance.
+    Without batch-norm, whose statistics are those of each half.
     """
     config = small(tiny, name, batch_norm=False)
     ours, other = of_both(two_processes, name)
@@ -99,6 +103,9 @@ def test_two_processes_train_an_algorithm_as_one_does(two_processes, tiny, tmp_p
         assert line["algorithm"].get("teachers") == expected["algorithm"].get("teachers")
         for key in ("train_loss", "eval_loss"):
             assert line.get(key, 0.0) == pytest.approx(expected.get(key, 0.0), rel=1e-3), key
+    tolerance = TOLERANCE.get(name, 2e-3)
+    for key, expected in one.model.state_dict().items():
+        assert (ours[key] - expected).double().norm() <= tolerance * expected.double().norm() + 1e-6, key
 
 
 @pytest.mark.slow
