@@ -42,6 +42,7 @@ def test_every_row_of_the_limpq_tables_has_a_recipe():
 def test_every_row_of_the_coquant_tables_has_a_recipe():
     found = {table: len(rows) for table, rows in by_table(ALL).items() if table.startswith("CoQuant")}
     assert found == {
+        "CoQuant ablations": 7,
         "CoQuant lambda": 3,
         "CoQuant methods": 16,
         "CoQuant table 1": 6,

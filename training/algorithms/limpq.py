@@ -102,7 +102,8 @@ class Indicators(Algorithm):
     bits. Evaluated at the highest bits. The steps are read by `python -m training search`.
 
     An indicator whose gradient is zero does not decay: the rule of the published code for parameters that a step did
-    not use, written so that the device need not be asked.
+    not use, written so that the device need not be asked. There its momentum rests too; here it runs on, which only
+    layers that give nothing but zeros can notice, since a step uses all indicators.
     """
 
     def __init__(
