@@ -20,12 +20,17 @@ batch_size = 128
 epochs = 1
 """
 
+SET = "--set"
+RUN = ["run", "tiny.toml", SET]
+TUNE = [*RUN, "algorithm.name=mixed_precision", SET]
+
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("QK_DATA_DIR", raising=False)
     (tmp_path / "tiny.toml").write_text(RECIPE)
+    (tmp_path / "bad.json").write_text('{"format": "quantkernels policy 1", "layers": {"fc9": [2, 2]}}')
     return "tiny.toml"
 
 
@@ -55,6 +60,15 @@ def test_run_and_resume(recipe, tmp_path):
         (["run", "tiny.toml", "--resume"], "there is no run in runs/tiny to resume"),
         (["run", "tiny.toml", "--out", "/proc/none"], "/proc/none"),
         (["report", "no-such-run"], "there is no run in no-such-run"),
+        ([*RUN, "algorithm.name=coquant", SET, "algorithm.bits=[]"], "algorithm.bits must be a list of at least one"),
+        ([*RUN, "algorithm.name=adabits", SET, "algorithm.bits=[8, 9]"], "integers from 1 to 8, got [8, 9]"),
+        ([*RUN, "algorithm.name=lqnets", SET, "algorithm.weight_bits=0"], "an integer from 1 to 8, got 0"),
+        ([*TUNE, "algorithm.policy=bad.json"], "the policy names the layer 'fc9', whose bits are not searched"),
+        ([*TUNE, "algorithm.policy=none.json"], "there is no policy in none.json; `python -m training search"),
+        (
+            ["search", *TUNE[1:], 'algorithm.search={method="uniform", size_mb=1e-4}'],
+            "raise it to that, or allow fewer",
+        ),
         (["report", ".", "--out", "."], "--out must name a file, and . is a folder"),
         (["search", "tiny.toml", "--out", "."], "--out must name a file, and . is a folder"),
     ],

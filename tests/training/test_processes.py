@@ -18,9 +18,19 @@ sys.path.insert(0, sys.argv[2])
 import algorithms
 from training import engine
 from training.config import from_tables
+from torch.nn.parallel import DistributedDataParallel
+
+forward, shares = DistributedDataParallel.forward, []
+def noting(self, *args, **kwargs):
+    shares.append(self.require_backward_grad_sync)
+    return forward(self, *args, **kwargs)
+
+DistributedDataParallel.forward = noting
 
 def save(name, result):
     torch.save(result.model.state_dict(), f"{sys.argv[1]}/{name}-rank{os.environ['RANK']}.pt")
+    json.dump(shares, open(f"{sys.argv[1]}/{name}-rank{os.environ['RANK']}.json", "w"))
+    shares.clear()
 
 for name, tables in json.load(open(f"{sys.argv[1]}/runs.json")).items():
     save(name, engine.run(from_tables(tables), f"{sys.argv[1]}/{name}"))
@@ -97,6 +107,9 @@ def test_two_processes_train_an_algorithm_as_one_does(two_processes, tiny, tmp_p
     assert all(torch.equal(ours[key], other[key]) for key in ours)
     about = json.loads((two_processes / name / "config.json").read_text())
     assert about["processes"] == 2 and about["recipe"] == config.to_tables()
+    shares = json.loads((two_processes / f"{name}-rank0.json").read_text())
+    passes = 4 if name == "LIMPQ" else 1
+    assert shares == [index == passes - 1 for index in range(passes)] * 8, "gradients are shared once a step"
     one = engine.run(config, tmp_path / "one")
     lines = [json.loads(line) for line in (two_processes / name / "metrics.jsonl").read_text().splitlines()]
     for line, expected in zip(lines, one.metrics, strict=True):
