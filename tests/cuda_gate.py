@@ -157,7 +157,7 @@ def failures_of(kernels: dict[str, Kernel], known: dict[str, dict[str, int]], ta
 
 def product_failures(name: str, sass: str) -> list[str]:
     """What a matrix product on the tensor cores (csrc/cuda/gemm.cuh, peaks.cuh) lacks: its instruction, wide copies."""
-    found = re.match(r"(?:gemm_kernel<Tile<\d+, \d+>, |mma_peak_kernel<)(true|false)(?:, (\d+))?>", name)
+    found = re.match(r"(?:gemm_kernel<Tile<\d+, \d+>, |mma_peak_kernel<)(true|false)(?:, (\d+), \w+)?>", name)
     if found is None:
         return []
     bits, copy = found[1] == "true", int(found[2] or 0)

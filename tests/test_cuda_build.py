@@ -59,7 +59,7 @@ def test_a_worse_kernel_fails(kernel: Kernel, complaint: str) -> None:
     assert complaint in failure
 
 
-BYTES, BITS = "gemm_kernel<Tile<4, 128>, false, 16>", "gemm_kernel<Tile<4, 128>, true, 16>"
+BYTES, BITS = "gemm_kernel<Tile<4, 128>, false, 16, int>", "gemm_kernel<Tile<4, 128>, true, 16, int>"
 IMMA, BMMA = "IMMA.16832.U8.U8 R4, R8.ROW, R2.COL, R4 ;", "BMMA.168256.AND.POPC R4, R8.ROW, R2.COL, R4 ;"
 COPY = "LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64], !PT ;"
 
@@ -75,7 +75,7 @@ COPY = "LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64], !PT ;"
         (BYTES, "IMAD R4, R5, R6, R7 ;" + COPY, ["multiplies bytes without"]),
         (BITS, IMMA + COPY, ["multiplies bits without"]),
         (BITS, BMMA.replace("AND", "XOR"), ["multiplies bits without", "does not copy 16 bytes"]),
-        (BYTES.replace("16>", "1>"), IMMA, []),
+        (BYTES.replace("16,", "1,"), IMMA, []),
     ],
 )
 def test_a_product_without_its_instruction_fails(name: str, sass: str, complaints: list[str]) -> None:

@@ -147,15 +147,17 @@ struct QuantizePackArgs {
 
 // From exact integer sums to the layer's output: csrc/core/algebra.h says how.
 struct EpilogueArgs {
-  const float* x_grid;  // [1, 3]
-  const float* w_grid;  // [1 or out_channels, 3]
+  const float* x_grid;  // [1, 3], of a learned basis [1, 1 + bits]
+  const float* w_grid;  // [1 or out_channels, w_columns]
+  int w_columns;        // 3, or 1 + bits
   bool w_per_channel;
+  bool plane_pairs;    // sums come with the steps of both operands in them (core/algebra.h)
   const float* bias;   // [out_channels] or null
   const float* scale;  // [out_channels] or null: folded batch-norm, y * scale + shift
   const float* shift;  // [out_channels] or null
   float lower;         // ReLU and clips: y is clamped to [lower, upper]
   float upper;
-  const float* out_grid;  // [1, 3] or null: the output is then codes of the next layer
+  const float* out_grid;  // [1, 3 or 1 + bits] or null: the output is then codes of the next layer
   Kind out_kind;
   int64_t out_levels;
   DType out_dtype;

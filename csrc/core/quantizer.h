@@ -11,7 +11,7 @@
 namespace qk {
 
 // The kind says how a value becomes a code. The numbers are part of the op schemas.
-enum class Kind : int64_t { kUniform = 0, kBinary = 1, kTernary = 2, kIdentity = 3 };
+enum class Kind : int64_t { kUniform = 0, kBinary = 1, kTernary = 2, kIdentity = 3, kLearned = 4 };
 
 // What the straight-through estimator lets pass, and which gradients the grid gets.
 enum class Ste : int64_t {
@@ -20,7 +20,7 @@ enum class Ste : int64_t {
   kFull = 2,      // and the step learns from the rounding error inside, too (PACT+, LSQ)
 };
 
-inline constexpr int kGridColumns = 3;  // offset, step, threshold: one row a channel
+inline constexpr int kGridColumns = 3;  // offset, step, threshold: one row a channel (of a learned basis: grid_columns)
 inline constexpr int kMaxQuantizers = 8;
 inline constexpr int kMaxBits = 8;
 inline constexpr int kMaxLevels = 255;
@@ -78,6 +78,9 @@ QK_HOST_DEVICE int bits_of(Kind kind, int64_t levels) {
   for (int64_t rest = levels; rest > 0; rest >>= 1) ++bits;
   return bits;
 }
+
+// A row of a learned quantizer's grid is its offset and the step of each bit.
+QK_HOST_DEVICE int grid_columns(Kind kind, int bits) { return kind == Kind::kLearned ? 1 + bits : kGridColumns; }
 
 // Weight of plane p (0 is the most significant) in the integer code.
 QK_HOST_DEVICE int plane_weight(Kind kind, int bits, int plane) {

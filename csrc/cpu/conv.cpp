@@ -27,18 +27,18 @@ struct Position {
   int64_t n, oy, ox;
 };
 
-#if defined(__AVX512F__)
 // A 1 x 1 window: the row is the input pixel itself. Only where codes need no widening.
 struct RowSource {
   static constexpr bool kGathers = false;
+  template <class Code>
+  static constexpr bool kGives = sizeof(Code) == 1;
 
-  void fill(int64_t pixel, int64_t count, int64_t group, Rows& rows) const {
+  void fill(int64_t pixel, int64_t count, int64_t group, Rows<uint8_t>& rows) const {
     const int64_t channels = g.in_channels / g.groups;
     Position at(g, pixel);
     for (int64_t i = 0; i < count; ++i, at.next()) {
       const int64_t in = (at.n * g.in_height + at.oy * g.stride_height) * g.in_width + at.ox * g.stride_width;
       rows.row[i] = codes + in * g.in_channels + group * channels;
-      rows.sum[i] = sum_codes(rows.row[i], channels);
       rows.window_class[i] = 0;
     }
   }
@@ -46,45 +46,47 @@ struct RowSource {
   const ConvGeometry& g;
   const uint8_t* codes;
 };
-#endif
 
 // Copies each window into a row, (kh, kw, channel) as in the weights, with zeros where it leaves the image.
 struct PatchSource {
   static constexpr bool kGathers = true;
+  template <class Code>
+  static constexpr bool kGives = true;
 
-  void fill(int64_t pixel, int64_t count, int64_t group, Rows& rows) const {
+  template <class Code>
+  void fill(int64_t pixel, int64_t count, int64_t group, Rows<Code>& rows) const {
     const int64_t width = plan.steps() * kDepth;
     Position at(g, pixel);
     for (int64_t i = 0; i < count; ++i, at.next()) {
-      Activation* const row = rows.gathered.data() + i * width;
+      Code* const row = rows.gathered.data() + i * width;
       rows.row[i] = row;
       gather(at, group, row);
-      rows.sum[i] = sum_codes(row, plan.depth);
       rows.window_class[i] = window.of(at.oy, at.ox);
     }
   }
 
-  void gather(const Position& at, int64_t group, Activation* row) const {
+  template <class Code>
+  void gather(const Position& at, int64_t group, Code* row) const {
     const int64_t channels = g.in_channels / g.groups, line = g.kernel_width * channels;
     const TapRange valid_rows = window.rows.ranges[window.rows.of[at.oy]];
     const TapRange valid = window.columns.ranges[window.columns.of[at.ox]];
     const int64_t iy = at.oy * g.stride_height - g.pad_top, ix = at.ox * g.stride_width - g.pad_left;
     for (int64_t kh = 0; kh < g.kernel_height; ++kh, row += line) {
       if (kh < valid_rows.first || kh >= valid_rows.last) {
-        std::fill(row, row + line, Activation{0});
+        std::fill(row, row + line, Code{0});
         continue;
       }
       // Where this kernel row begins; with padding, perhaps outside the image.
       const int64_t from =
           ((at.n * g.in_height + iy + kh * g.dilation_height) * g.in_width + ix) * g.in_channels + group * channels;
-      std::fill(row, row + valid.first * channels, Activation{0});
+      std::fill(row, row + valid.first * channels, Code{0});
       if (contiguous_line) {
         copy_codes(row + valid.first * channels, codes + (from + valid.first * channels), valid.count() * channels);
       } else {
         for (int64_t kw = valid.first; kw < valid.last; ++kw)
           copy_codes(row + kw * channels, codes + (from + kw * g.dilation_width * g.in_channels), channels);
       }
-      std::fill(row + valid.last * channels, row + line, Activation{0});
+      std::fill(row + valid.last * channels, row + line, Code{0});
     }
   }
 
@@ -93,6 +95,20 @@ struct PatchSource {
   const Window& window;
   const uint8_t* codes;
   bool contiguous_line;  // the taps of a kernel row are neighbours in memory
+};
+
+// Digits of codes [n] as codes of their own, [digits][n and a vector more].
+struct Digits {
+  Digits(const uint8_t* codes, int64_t n, Kind kind, int digits) : stride(n + kPanelLanes), owned(digits * stride) {
+    for (int digit = 0; digit < digits; ++digit)
+      parallel_for(n, 1 << 15, [&](int64_t begin, int64_t end) {
+        uint8_t* const to = owned.data() + digit * stride;
+        for (int64_t i = begin; i < end; ++i) to[i] = static_cast<uint8_t>(digit_of_code(kind, codes[i], digit));
+      });
+  }
+
+  int64_t stride;
+  Buffer<uint8_t> owned;
 };
 
 // One input channel an output channel: channels are the lanes, and each window is read where it lies.
@@ -104,6 +120,8 @@ class Depthwise {
         plan_(plan),
         window_(window),
         codes_(codes),
+        digits_(codes, args.geometry.batch * args.geometry.in_height * args.geometry.in_width * args.geometry.in_channels,
+                args.x_kind, plan.x_digits),
         weights_(weights),
         epilogue_(epilogue),
         output_(args) {}
@@ -151,25 +169,42 @@ class Depthwise {
   }
 
   void one_pixel(const Position& at, const Taps& taps, int64_t channel, float* y) const {
-    int32_t dots[kPanelLanes], sums[kPanelLanes];
     const int64_t iy = at.oy * g_.stride_height - g_.pad_top, ix = at.ox * g_.stride_width - g_.pad_left;
     const int64_t first = ((at.n * g_.in_height + iy) * g_.in_width + ix) * g_.in_channels + channel;
     const int64_t lanes = std::min<int64_t>(kPanelLanes, plan_.slots() - channel);
-    const int64_t count = static_cast<int64_t>(taps.list.size());
     const int32_t* const weights = weights_.taps.data() + channel;
-    if (lanes == kPanelLanes) {
-      dot_taps<kTileVectors>(codes_, first, weights, taps.list.data(), count, dots, sums);
-    } else {
-      for (int64_t c = 0; c < lanes; c += kLanes)
-        dot_taps<1>(codes_, first + c, weights + c, taps.list.data(), count, dots + c, sums + c);
+    int32_t dots[kPanelLanes], sums[kPanelLanes];
+    if (!plan_.by_planes()) {
+      dot(codes_, first, weights, taps, lanes, dots, sums);
+      return epilogue_.finish<int32_t, 1>(dots, sums, 0, taps.window_class, channel, lanes, y);
     }
-    epilogue_.finish<int32_t, 1>(dots, sums, 0, taps.window_class, channel, lanes, y);
+    const int64_t plane = g_.kernel_height * g_.kernel_width * plan_.slots();
+    float products[kPanelLanes] = {}, activations[kPanelLanes] = {};
+    for (int i = 0; i < plan_.w_digits; ++i)
+      for (int j = 0; j < plan_.x_digits; ++j) {
+        dot(digits_.owned.data() + j * digits_.stride, first, weights + i * plane, taps, lanes, dots, sums);
+        const float* const step = epilogue_.pair_steps(i, j) + channel;
+        for (int64_t c = 0; c < lanes; ++c) products[c] = add_digit(products[c], step[c], static_cast<float>(dots[c]));
+        if (i > 0) continue;
+        const float own = epilogue_.activation_step(j);
+        for (int64_t c = 0; c < lanes; ++c) activations[c] = add_digit(activations[c], own, static_cast<float>(sums[c]));
+      }
+    epilogue_.finish<float, 1>(products, activations, 0, taps.window_class, channel, lanes, y);
+  }
+
+  void dot(const uint8_t* codes, int64_t first, const int32_t* weights, const Taps& taps, int64_t lanes, int32_t* dots,
+           int32_t* sums) const {
+    const int64_t count = static_cast<int64_t>(taps.list.size());
+    if (lanes == kPanelLanes) return dot_taps<kTileVectors>(codes, first, weights, taps.list.data(), count, dots, sums);
+    for (int64_t c = 0; c < lanes; c += kLanes)
+      dot_taps<1>(codes, first + c, weights + c, taps.list.data(), count, dots + c, sums + c);
   }
 
   const ConvGeometry& g_;
   const Plan& plan_;
   const Window& window_;
   const uint8_t* codes_;
+  const Digits digits_;  // by planes
   const Weights& weights_;
   const Epilogue& epilogue_;
   const Output output_;
@@ -186,9 +221,7 @@ void lowbit_conv2d(const LowbitArgs& args) {
   const Epilogue epilogue(args, plan, weights, window);
   switch (plan.path) {
     case Path::kRows:
-#if defined(__AVX512F__)
       return run_gemm(args, plan, weights, epilogue, RowSource{g, codes.data});
-#endif
     case Path::kPatches:
       return run_gemm(args, plan, weights, epilogue,
                       PatchSource{g, plan, window, codes.data, g.groups == 1 && g.dilation_width == 1});

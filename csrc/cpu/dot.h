@@ -107,28 +107,25 @@ void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps,
 
 inline constexpr int kPanelLanes = kTileVectors * kLanes;
 
-using DotTile = void (*)(const Activation* const* rows, const Weight* panel, int64_t steps, int32_t* dots);
-
-template <int R>
-DotTile dot_tile_of_rows(int vectors) {
-  static_assert(kTileVectors == 2 || kTileVectors == 4);
-  if constexpr (kTileVectors == 4) {
-    if (vectors == 4) return dot_tile<R, 4>;
-    if (vectors == 3) return dot_tile<R, 3>;
-  }
-  return vectors == 2 ? dot_tile<R, 2> : dot_tile<R, 1>;
-}
-
-// rows in 1..kTileRows, vectors in 1..kTileVectors.
-inline DotTile dot_tile_of(int rows, int vectors) {
+// Calls f.template operator()<rows, vectors>(): rows in 1..kTileRows, vectors in 1..kTileVectors.
+template <class F>
+void with_tile(int rows, int vectors, const F& f) {
+  const auto with_vectors = [&]<int R>() {
+    static_assert(kTileVectors == 2 || kTileVectors == 4);
+    if constexpr (kTileVectors == 4) {
+      if (vectors == 4) return f.template operator()<R, 4>();
+      if (vectors == 3) return f.template operator()<R, 3>();
+    }
+    vectors == 2 ? f.template operator()<R, 2>() : f.template operator()<R, 1>();
+  };
   static_assert(kTileRows == 4 || kTileRows == 6);
   if constexpr (kTileRows == 6) {
-    if (rows == 6) return dot_tile_of_rows<6>(vectors);
-    if (rows == 5) return dot_tile_of_rows<5>(vectors);
+    if (rows == 6) return with_vectors.template operator()<6>();
+    if (rows == 5) return with_vectors.template operator()<5>();
   }
-  if (rows == 4) return dot_tile_of_rows<4>(vectors);
-  if (rows == 3) return dot_tile_of_rows<3>(vectors);
-  return rows == 2 ? dot_tile_of_rows<2>(vectors) : dot_tile_of_rows<1>(vectors);
+  if (rows == 4) return with_vectors.template operator()<4>();
+  if (rows == 3) return with_vectors.template operator()<3>();
+  rows == 2 ? with_vectors.template operator()<2>() : with_vectors.template operator()<1>();
 }
 
 // A valid tap of a depthwise window: where its codes lie from the window's first one, and its weights.
@@ -213,8 +210,11 @@ int64_t sum_codes(const T* p, int64_t n) {
   return total;
 }
 
-inline void copy_codes(Activation* to, const uint8_t* from, int64_t n) {
+// To codes of the same width, or widened.
+template <class Code>
+void copy_codes(Code* to, const uint8_t* from, int64_t n) {
 #if defined(__AVX512F__)
+  static_assert(sizeof(Code) == 1);
   for (; n >= 64; n -= 64, to += 64, from += 64) _mm512_storeu_si512(to, _mm512_loadu_si512(from));
   if (n > 0) {
     const __mmask64 rest = ~0ull >> (64 - n);

@@ -2,75 +2,167 @@
 // Rows of activation codes times panels of weights, from the codes to the finished output.
 //
 // A Source provides the rows: fill(first pixel, pixels, group, Rows&) sets rows.row[i] to plan.steps() * kDepth readable
-// codes. What is read past K meets weights of zero.
+// codes, or K by planes. What is read past K meets weights of zero. kGives<Code>: whether it has codes of that type.
 
 #include <algorithm>
 
+#include "core/algebra.h"
 #include "cpu/lowbit.h"
 #include "cpu/parallel.h"
+#include "cpu/popcount.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 
+template <class Code>
 struct Rows {
-  explicit Rows(const Plan& plan, bool gathered)
-      : row(plan.block),
-        sum(plan.block),
-        window_class(plan.block),
-        gathered(gathered ? plan.block * plan.steps() * kDepth : 0) {
+  Rows(const Plan& plan, bool gathered)
+      : row(plan.block), window_class(plan.block), gathered(gathered ? plan.block * plan.steps() * kDepth : 0) {
     this->gathered.clear();  // the codes past K stay zero
   }
 
-  Buffer<const Activation*> row;  // [block]
-  Buffer<int64_t> sum;            // [block]: SA
-  Buffer<int64_t> window_class;   // [block]
-  Buffer<Activation> gathered;    // [block][steps * kDepth], or empty
+  Buffer<const Code*> row;       // [block]
+  Buffer<int64_t> window_class;  // [block]
+  Buffer<Code> gathered;         // [block][steps * kDepth], or empty
 };
 
-// One tile: R rows by the vectors of a panel. Sum is int64_t where K may overflow int32.
-template <class Sum>
-void multiply_tile(const Plan& plan, const Activation* const* rows, int count, const Weight* panel, int vectors, Sum* dots) {
-  if constexpr (sizeof(Sum) == sizeof(int32_t)) {
-    dot_tile_of(count, vectors)(rows, panel, plan.steps(), dots);
-  } else {
-    constexpr int64_t kSteps = kMaxDepth / kDepth;
-    const int n = count * vectors * kLanes;
-    int32_t partial[kTileRows * kPanelLanes];
-    const Activation* at[kTileRows];
-    std::fill(dots, dots + n, 0);
-    for (int64_t step = 0; step < plan.steps(); step += kSteps) {
-      for (int r = 0; r < count; ++r) at[r] = rows[r] + step * kDepth;
-      dot_tile_of(count, vectors)(at, panel + step * vectors * kLanes * kDepth, std::min(kSteps, plan.steps() - step),
-                                  partial);
-      for (int i = 0; i < n; ++i) dots[i] += partial[i];
+// What multiplies a block of rows, a tile at a time: rows [first, first + count) by the vectors of a panel.
+//
+//   using Code, Sum
+//   void take(const Rows<Code>& rows, int64_t count)     a new block
+//   Sum activations(int64_t row) const                   SA
+//   void multiply(int64_t first, int count, int64_t group, int64_t panel, int vectors, Sum* dots)
+
+// Integer sums of codes. Sum is int64_t where K may overflow int32.
+template <class SumOfCodes>
+class CodeTiles {
+ public:
+  using Code = Activation;
+  using Sum = SumOfCodes;
+
+  CodeTiles(const LowbitArgs&, const Plan& plan, const Weights& weights, const Epilogue&)
+      : plan_(plan), weights_(weights), sums_(plan.block) {}
+
+  void take(const Rows<Code>& rows, int64_t count) {
+    rows_ = rows.row.data();
+    for (int64_t i = 0; i < count; ++i) sums_[i] = static_cast<Sum>(sum_codes(rows_[i], plan_.depth));
+  }
+  Sum activations(int64_t row) const { return sums_[row]; }
+
+  void multiply(int64_t first, int count, int64_t group, int64_t index, int vectors, Sum* dots) const {
+    const Weight* const panel = weights_.panel(plan_, group, index);
+    if constexpr (sizeof(Sum) == sizeof(int32_t)) {
+      run_tile(rows_ + first, count, panel, vectors, plan_.steps(), dots);
+    } else {
+      constexpr int64_t kSteps = kMaxDepth / kDepth;
+      const int n = count * vectors * kLanes;
+      int32_t partial[kTileRows * kPanelLanes];
+      const Activation* at[kTileRows];
+      std::fill(dots, dots + n, 0);
+      for (int64_t step = 0; step < plan_.steps(); step += kSteps) {
+        for (int r = 0; r < count; ++r) at[r] = rows_[first + r] + step * kDepth;
+        run_tile(at, count, panel + step * vectors * kLanes * kDepth, vectors, std::min(kSteps, plan_.steps() - step),
+                 partial);
+        for (int i = 0; i < n; ++i) dots[i] += partial[i];
+      }
     }
   }
-}
 
-template <class Sum, class Source>
+ private:
+  static void run_tile(const Code* const* rows, int count, const Weight* panel, int vectors, int64_t steps, int32_t* dots) {
+    with_tile(count, vectors, [&]<int R, int V>() { dot_tile<R, V>(rows, panel, steps, dots); });
+  }
+
+  const Plan& plan_;
+  const Weights& weights_;
+  const Code* const* rows_ = nullptr;
+  Buffer<Sum> sums_;  // [block]
+};
+
+// Pairs of planes, each an integer sum, added up with their steps in the order of core/algebra.h.
+class PlaneTiles {
+ public:
+  using Code = uint8_t;
+  using Sum = float;
+
+  PlaneTiles(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue& epilogue)
+      : kind_(args.x_kind),
+        plan_(plan),
+        weights_(weights),
+        epilogue_(epilogue),
+        planes_(plan.x_digits * plan.block * plan.words()),
+        sums_(plan.block) {}
+
+  void take(const Rows<Code>& rows, int64_t count) {
+    int64_t ones[kMaxBits];
+    for (int64_t i = 0; i < count; ++i) {
+      split_row(rows.row[i], plan_.depth, kind_, plan_.x_digits, row(0, i), plan_.block * plan_.words(), ones);
+      sums_[i] = 0.0f;
+      for (int j = 0; j < plan_.x_digits; ++j)
+        sums_[i] = add_digit(sums_[i], epilogue_.activation_step(j), static_cast<float>(ones[j]));
+    }
+  }
+  Sum activations(int64_t row) const { return sums_[row]; }
+
+  void multiply(int64_t first, int count, int64_t group, int64_t index, int vectors, Sum* dots) const {
+    const int lanes = vectors * kLanes;
+    const int64_t slot = (group * plan_.group_vectors + index * kTileVectors) * kLanes;
+    std::fill(dots, dots + count * lanes, 0.0f);
+    for (int i = 0; i < plan_.w_digits; ++i)
+      for (int j = 0; j < plan_.x_digits; ++j) {
+        const uint32_t* rows[kTileRows];
+        for (int r = 0; r < count; ++r) rows[r] = row(j, first + r);
+        int32_t counts[kTileRows * kPanelLanes];
+        const uint32_t* const panel = weights_.plane(plan_, group, index, vectors, i);
+        with_tile(count, vectors, [&]<int R, int V>() { count_tile<R, V>(rows, panel, plan_.words(), counts); });
+        const float* const step = epilogue_.pair_steps(i, j) + slot;
+        for (int r = 0; r < count; ++r)
+          for (int c = 0; c < lanes; ++c)
+            dots[r * lanes + c] = add_digit(dots[r * lanes + c], step[c], static_cast<float>(counts[r * lanes + c]));
+      }
+  }
+
+ private:
+  uint32_t* row(int digit, int64_t i) const { return planes_.data() + (digit * plan_.block + i) * plan_.words(); }
+
+  Kind kind_;
+  const Plan& plan_;
+  const Weights& weights_;
+  const Epilogue& epilogue_;
+  Buffer<uint32_t> planes_;  // [digits][block][words]
+  Buffer<float> sums_;       // [block]
+};
+
+template <class Tiles, class Source>
 void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue& epilogue,
               const Source& source) {
+  using Sum = typename Tiles::Sum;
   const Output output(args);
   const int64_t pixels = args.geometry.batch * args.geometry.out_height * args.geometry.out_width;
   const int64_t blocks = (pixels + plan.block - 1) / plan.block, chunks = (plan.panels() + plan.chunk - 1) / plan.chunk;
   parallel_for(plan.groups * blocks * chunks, 1, [&](int64_t begin, int64_t end) {
-    Rows rows(plan, Source::kGathers);
+    Rows<typename Tiles::Code> rows(plan, Source::kGathers);
+    Tiles tiles(args, plan, weights, epilogue);
     const int64_t padded = (plan.block + kLanes - 1) / kLanes * kLanes;
     Buffer<float> staged(padded * kPanelLanes), turned(padded * kPanelLanes);
     Sum dots[kTileRows * kPanelLanes];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, block = task / chunks % blocks, group = task / chunks / blocks;
       const int64_t pixel = block * plan.block, count = std::min(plan.block, pixels - pixel);
-      if (task == begin || chunk == 0) source.fill(pixel, count, group, rows);
+      if (task == begin || chunk == 0) {
+        source.fill(pixel, count, group, rows);
+        tiles.take(rows, count);
+      }
       for (int64_t index = chunk * plan.chunk; index < std::min((chunk + 1) * plan.chunk, plan.panels()); ++index) {
         const int vectors = static_cast<int>(std::min<int64_t>(kTileVectors, plan.group_vectors - index * kTileVectors));
         const int64_t slot = (group * plan.group_vectors + index * kTileVectors) * kLanes;
         for (int64_t first = 0; first < count; first += kTileRows) {
           const int tile = static_cast<int>(std::min<int64_t>(kTileRows, count - first));
-          multiply_tile(plan, rows.row.data() + first, tile, weights.panel(plan, group, index), vectors, dots);
+          tiles.multiply(first, tile, group, index, vectors, dots);
           for (int r = 0; r < tile; ++r) {
-            const Sum activations = static_cast<Sum>(rows.sum[first + r]);
-            epilogue.finish<Sum, 0>(dots + r * vectors * kLanes, &activations, weights.zero, rows.window_class[first + r],
-                                    slot, vectors * kLanes, staged.data() + (first + r) * kPanelLanes);
+            const Sum activations = tiles.activations(first + r);
+            epilogue.finish<Sum, 0>(dots + r * vectors * kLanes, &activations, static_cast<Sum>(weights.zero),
+                                    rows.window_class[first + r], slot, vectors * kLanes,
+                                    staged.data() + (first + r) * kPanelLanes);
           }
         }
         const int64_t column = index * kPanelLanes;
@@ -84,8 +176,11 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
 template <class Source>
 void run_gemm(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue& epilogue,
               const Source& source) {
-  plan.wide ? multiply<int64_t>(args, plan, weights, epilogue, source)
-            : multiply<int32_t>(args, plan, weights, epilogue, source);
+  if constexpr (Source::template kGives<PlaneTiles::Code>)
+    if (plan.by_planes()) return multiply<PlaneTiles>(args, plan, weights, epilogue, source);
+  if constexpr (Source::template kGives<Activation>)
+    plan.wide ? multiply<CodeTiles<int64_t>>(args, plan, weights, epilogue, source)
+              : multiply<CodeTiles<int32_t>>(args, plan, weights, epilogue, source);
 }
 
 }  // namespace qk::cpu::QK_CPU_ISA

@@ -55,7 +55,8 @@ inline void with_kind(Kind kind, const F& f) {
     case Kind::kTernary:
       return f.template operator()<Kind::kTernary>();
     case Kind::kIdentity:
-      return;  // refused by csrc/ops
+    case Kind::kLearned:
+      return;  // refused by csrc/ops, or of another family
   }
 }
 

@@ -186,6 +186,19 @@ struct LaneLevels {
   }
 };
 
+// One table in all lanes, for kBits as with_table_bits gives it.
+template <int kBits>
+auto levels_for_all(const float* table, int bits) {
+  if constexpr (kBits > 0) {
+    return SharedLevels<kBits>(table);
+  } else {
+    LaneLevels levels{};
+    levels.count = bits;
+    std::fill_n(levels.table, kLanes, table);
+    return levels;
+  }
+}
+
 // The leaf of the nearest level; that of a NaN is the lowest.
 template <class Levels>
 inline Index nearest(Vec x, const Levels& levels) {

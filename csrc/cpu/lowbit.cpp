@@ -4,8 +4,8 @@
 #include <array>
 
 #include "core/algebra.h"
-#include "cpu/grid.h"
 #include "cpu/parallel.h"
+#include "cpu/popcount.h"
 #include "cpu/transpose.h"
 
 namespace qk::cpu::QK_CPU_ISA {
@@ -13,32 +13,6 @@ namespace {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-// Runs of values to codes, one grid for the whole tensor.
-class Encoder {
- public:
-  Encoder(Kind kind, int64_t levels, const float* grid)
-      : kind_(kind),
-        levels_(splat(static_cast<float>(levels))),
-        grid_{splat(grid[0]), splat(grid[1]), splat(inverse_step(grid[1])), splat(grid[2])} {}
-
-  template <class T>
-  void run(const T* x, int64_t n, uint8_t* codes) const {
-    with_kind(kind_, [&]<Kind kKind>() {
-      const GridVec grid = grid_;  // copies that the stores of bytes cannot alias
-      const Vec levels = levels_;
-      int64_t i = 0;
-      for (; i + kLanes <= n; i += kLanes) store_codes(codes + i, code_of<kKind>(load(x + i), grid, levels));
-      const int rest = static_cast<int>(n - i);
-      if (rest > 0) store_codes(codes + i, code_of<kKind>(load(x + i, rest), grid, levels), rest);
-    });
-  }
-
- private:
-  Kind kind_;
-  Vec levels_;
-  GridVec grid_;
-};
 
 bool is_channels_last(const ConvGeometry& g, const int64_t* stride) {
   return (g.in_channels == 1 || stride[1] == 1) && (g.in_width == 1 || stride[3] == g.in_channels) &&
@@ -134,24 +108,96 @@ void recenter(const uint8_t* codes, int64_t n, int32_t zero, Weight* weights) {
   for (int64_t k = 0; k < n; ++k) weights[k] = static_cast<Weight>(codes[k] - zero);
 }
 
-// rows [kLanes][stride] to panel steps [steps][kLanes][kDepth], the steps `to_stride` weights apart.
-void interleave(const Weight* rows, int64_t stride, int64_t steps, Weight* to, int64_t to_stride) {
-  static_assert(kDepth * sizeof(Weight) == 4);
-  for (int64_t step = 0; step < steps; step += kLanes) {
+// rows [kLanes][stride] of 32-bit words to [words][kLanes], these `to_stride` words apart.
+void interleave(const void* rows, int64_t stride, int64_t words, void* to, int64_t to_stride) {
+  for (int64_t word = 0; word < words; word += kLanes) {
     alignas(64) float turned[kLanes][kLanes];
-    transpose_words(reinterpret_cast<const float*>(rows + step * kDepth), stride / kDepth, turned[0], kLanes);
-    for (int64_t i = 0; i < std::min<int64_t>(kLanes, steps - step); ++i)
-      std::memcpy(to + (step + i) * to_stride, turned[i], sizeof turned[i]);
+    transpose_words(static_cast<const float*>(rows) + word, stride, turned[0], kLanes);
+    for (int64_t i = 0; i < std::min<int64_t>(kLanes, words - word); ++i)
+      std::memcpy(static_cast<float*>(to) + (word + i) * to_stride, turned[i], sizeof turned[i]);
   }
 }
 
-// SW of every slot over the taps [rows] x [columns].
-void add_tap_sums(const Buffer<int64_t>& tap_sums, int64_t slots, int64_t kernel_width, TapRange rows, TapRange columns,
+// The weights of kLanes output channels of a group, from `first` on.
+struct WeightVector {
+  WeightVector(const Plan& plan, int64_t vector)
+      : group(vector / plan.group_vectors),
+        first(vector % plan.group_vectors * kLanes),
+        channels(std::min<int64_t>(kLanes, plan.group_channels - first)),
+        slot(vector * kLanes),
+        panel(vector % plan.group_vectors / kTileVectors),
+        position(vector % plan.group_vectors % kTileVectors),
+        panel_vectors(std::min<int64_t>(kTileVectors, plan.group_vectors - panel * kTileVectors)) {}
+
+  int64_t group, first, channels, slot;
+  int64_t panel, position, panel_vectors;  // where they go
+};
+
+// Where the results of one thread's vectors are prepared.
+struct WeightScratch {
+  WeightScratch(const LowbitArgs& args, const Plan& plan)
+      : columns(round_up(plan.by_planes() ? plan.words() : plan.steps(), kLanes)),
+        codes(args.words * 32),
+        rows(kLanes * columns) {}
+
+  int64_t columns;  // words a row
+  Buffer<uint8_t> codes;
+  Buffer<uint32_t> rows;  // [kLanes][columns]
+};
+
+void unpack_codes(const LowbitArgs& args, const Plan& plan, const WeightVector& v, WeightScratch& scratch,
+                  Weights& weights) {
+  const ConvGeometry& g = args.geometry;
+  const int64_t taps = g.kernel_height * g.kernel_width, in_channels = g.in_channels / g.groups, slots = plan.slots();
+  const bool depthwise = plan.path == Path::kDepthwise;
+  static_assert(kDepth * sizeof(Weight) == sizeof(uint32_t));
+  scratch.rows.clear();
+  for (int64_t lane = 0; lane < v.channels; ++lane) {
+    unpack_row(args, v.group * plan.group_channels + v.first + lane, scratch.codes.data());
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const uint8_t* const run = scratch.codes.data() + tap * in_channels;
+      weights.tap_sums[tap * slots + v.slot + lane] = sum_codes(run, in_channels);
+      if (depthwise) weights.taps[tap * slots + v.slot + lane] = *run;
+    }
+    recenter(scratch.codes.data(), plan.depth, weights.zero,
+             reinterpret_cast<Weight*>(scratch.rows.data() + lane * scratch.columns));
+  }
+  if (depthwise) return;
+  Weight* const to = const_cast<Weight*>(weights.panel(plan, v.group, v.panel)) + v.position * kLanes * kDepth;
+  interleave(scratch.rows.data(), scratch.columns, plan.steps(), to, v.panel_vectors * kLanes);
+}
+
+void arrange_planes(const LowbitArgs& args, const Plan& plan, const WeightVector& v, WeightScratch& scratch,
+                    Weights& weights) {
+  const ConvGeometry& g = args.geometry;
+  const int64_t taps = g.kernel_height * g.kernel_width, in_channels = g.in_channels / g.groups, slots = plan.slots();
+  const bool depthwise = plan.path == Path::kDepthwise;
+  for (int digit = 0; digit < plan.w_digits; ++digit) {
+    const int64_t first_row =
+        plane_of_digit(args.w_kind, args.w_bits, digit) * g.out_channels + v.group * plan.group_channels;
+    scratch.rows.clear();
+    for (int64_t lane = 0; lane < v.channels; ++lane) {
+      const int32_t* const row = args.planes + (first_row + v.first + lane) * args.words;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t at = (digit * taps + tap) * slots + v.slot + lane;
+        weights.tap_sums[at] = count_ones(row, tap * in_channels, (tap + 1) * in_channels);
+        if (depthwise) weights.taps[at] = static_cast<int32_t>(weights.tap_sums[at]);
+      }
+      std::memcpy(scratch.rows.data() + lane * scratch.columns, row, args.words * sizeof *row);
+    }
+    if (depthwise) continue;
+    uint32_t* const to = weights.plane(plan, v.group, v.panel, v.panel_vectors, digit) + v.position * kLanes;
+    interleave(scratch.rows.data(), scratch.columns, plan.words(), to, v.panel_vectors * kLanes);
+  }
+}
+
+// SW of every slot over the taps [rows] x [columns]; tap_sums [taps][slots].
+void add_tap_sums(const int64_t* tap_sums, int64_t slots, int64_t kernel_width, TapRange rows, TapRange columns,
                   int64_t* sums) {
   std::fill(sums, sums + slots, 0);
   for (int64_t kh = rows.first; kh < rows.last; ++kh)
     for (int64_t kw = columns.first; kw < columns.last; ++kw) {
-      const int64_t* const tap = tap_sums.data() + (kh * kernel_width + kw) * slots;
+      const int64_t* const tap = tap_sums + (kh * kernel_width + kw) * slots;
       for (int64_t s = 0; s < slots; ++s) sums[s] += tap[s];
     }
 }
@@ -164,12 +210,15 @@ Plan plan_of(const LowbitArgs& args) {
   Plan plan{};
   plan.depth = taps * in_channels;
   plan.wide = plan.depth > kMaxDepth;
+  if (has_learned_basis(args)) {
+    plan.x_digits = bits_of(args.x_kind, args.x_levels);
+    plan.w_digits = args.w_bits;
+  }
   const bool depthwise = g.groups > 1 && in_channels == 1 && g.out_channels == g.groups && !plan.wide;
   const bool in_bounds = g.pad_top == 0 && g.pad_left == 0 && (g.out_height - 1) * g.stride_height < g.in_height &&
                          (g.out_width - 1) * g.stride_width < g.in_width;
-  plan.path = depthwise                                           ? Path::kDepthwise
-              : taps == 1 && in_bounds && sizeof(Activation) == 1 ? Path::kRows
-                                                                  : Path::kPatches;
+  const bool bytes = sizeof(Activation) == 1 || plan.by_planes();
+  plan.path = depthwise ? Path::kDepthwise : taps == 1 && in_bounds && bytes ? Path::kRows : Path::kPatches;
   plan.groups = depthwise ? 1 : g.groups;
   plan.group_channels = g.out_channels / plan.groups;
   plan.group_vectors = divide_up(plan.group_channels, kLanes);
@@ -193,7 +242,8 @@ Codes encode_activation(const LowbitArgs& args, const Plan& plan) {
   const bool channels_last = is_channels_last(g, args.x_stride);
   // Rows are read in whole groups of kDepth codes, depthwise channels in whole vectors: only multiples of these end inside
   // the tensor of the user.
-  const bool ends_inside = plan.path == Path::kRows        ? plan.depth % kDepth == 0
+  const bool ends_inside = plan.by_planes()                ? true
+                           : plan.path == Path::kRows      ? plan.depth % kDepth == 0
                            : plan.path == Path::kDepthwise ? g.in_channels % kLanes == 0
                                                            : true;
   if (args.x_dtype == DType::kUInt8 && channels_last && ends_inside) return {static_cast<const uint8_t*>(args.x), {}};
@@ -228,79 +278,82 @@ TapClasses::TapClasses(const WindowAxis& axis) {
 
 Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
   const ConvGeometry& g = args.geometry;
-  const bool depthwise = plan.path == Path::kDepthwise;
-  const int64_t taps = g.kernel_height * g.kernel_width, in_channels = g.in_channels / g.groups, slots = plan.slots();
-  const int64_t columns = round_up(plan.steps(), kLanes) * kDepth;
+  const int64_t taps = g.kernel_height * g.kernel_width, slots = plan.slots(), digits = std::max(plan.w_digits, 1);
   Weights weights;
-  weights.zero = sizeof(Weight) == 1 && args.w_levels > 127 ? 128 : 0;
-  weights.tap_sums = Buffer<int64_t>(taps * slots);
+  weights.zero = sizeof(Weight) == 1 && args.w_levels > 127 && !plan.by_planes() ? 128 : 0;
+  weights.tap_sums = Buffer<int64_t>(digits * taps * slots);
   weights.tap_sums.clear();
-  if (depthwise) {
-    weights.taps = Buffer<int32_t>(taps * slots);
+  if (plan.path == Path::kDepthwise) {
+    weights.taps = Buffer<int32_t>(digits * taps * slots);
     weights.taps.clear();
+  } else if (plan.by_planes()) {
+    weights.planes = Buffer<uint32_t>(slots * plan.w_digits * plan.words());
   } else {
     weights.panels = Buffer<Weight>(slots * plan.steps() * kDepth);
   }
-  parallel_for(plan.groups * plan.group_vectors, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, columns * kLanes)),
-               [&](int64_t begin, int64_t end) {
-                 Buffer<uint8_t> codes(args.words * 32);
-                 Buffer<Weight> rows(kLanes * columns);
-                 for (int64_t vector = begin; vector < end; ++vector) {
-                   rows.clear();
-                   const int64_t group = vector / plan.group_vectors, first = vector % plan.group_vectors * kLanes;
-                   for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, plan.group_channels - first); ++lane) {
-                     unpack_row(args, group * plan.group_channels + first + lane, codes.data());
-                     const int64_t slot = vector * kLanes + lane;
-                     for (int64_t tap = 0; tap < taps; ++tap) {
-                       const uint8_t* const run = codes.data() + tap * in_channels;
-                       weights.tap_sums[tap * slots + slot] = sum_codes(run, in_channels);
-                       if (depthwise) weights.taps[tap * slots + slot] = *run;
-                     }
-                     recenter(codes.data(), plan.depth, weights.zero, rows.data() + lane * columns);
-                   }
-                   if (depthwise) continue;
-                   const int64_t panel = vector % plan.group_vectors / kTileVectors,
-                                 position = vector % plan.group_vectors % kTileVectors;
-                   const int64_t width = std::min<int64_t>(kTileVectors, plan.group_vectors - panel * kTileVectors);
-                   Weight* const to = const_cast<Weight*>(weights.panel(plan, group, panel)) + position * kLanes * kDepth;
-                   interleave(rows.data(), columns, plan.steps(), to, width * kLanes * kDepth);
-                 }
-               });
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, plan.depth * kLanes));
+  parallel_for(plan.groups * plan.group_vectors, grain, [&](int64_t begin, int64_t end) {
+    WeightScratch scratch(args, plan);
+    for (int64_t vector = begin; vector < end; ++vector)
+      (plan.by_planes() ? arrange_planes : unpack_codes)(args, plan, WeightVector(plan, vector), scratch, weights);
+  });
   return weights;
 }
 
 Epilogue::Epilogue(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Window& window)
-    : activation_step_(args.epilogue.x_grid[1]),
+    : x_digits_(plan.x_digits),
+      activation_step_(plan.by_planes() ? 1.0f : args.epilogue.x_grid[1]),
       lower_(args.epilogue.lower),
       upper_(args.epilogue.upper),
       has_bias_(args.epilogue.bias != nullptr),
       has_scale_(args.epilogue.scale != nullptr),
-      slots_(plan.slots()),
-      window_terms_(window.count() * slots_) {
+      slots_(plan.slots()) {
   const EpilogueArgs& e = args.epilogue;
-  const auto by_slot = [&](const float* values, int64_t stride) {
-    Buffer<float> table(values ? slots_ : 0);
+  const auto row = [&](int64_t c) { return e.w_grid + (e.w_per_channel ? c * e.w_columns : 0); };
+  const auto by_slot = [&](const auto& value) {
+    Buffer<float> table(slots_);
     table.clear();
-    for (int64_t c = 0; values && c < args.geometry.out_channels; ++c)
-      table[c / plan.group_channels * plan.group_vectors * kLanes + c % plan.group_channels] = values[c * stride];
+    for (int64_t c = 0; c < args.geometry.out_channels; ++c)
+      table[c / plan.group_channels * plan.group_vectors * kLanes + c % plan.group_channels] = value(c);
     return table;
   };
-  const int64_t grid_stride = e.w_per_channel ? kGridColumns : 0;
-  offset_ = by_slot(e.w_grid, grid_stride);
-  step_ = by_slot(e.w_grid + 1, grid_stride);
-  bias_ = by_slot(e.bias, 1);
-  scale_ = by_slot(e.scale, 1);
-  shift_ = by_slot(e.shift, 1);
+  offset_ = by_slot([&](int64_t c) { return row(c)[0]; });
+  step_ = by_slot([&](int64_t c) { return plan.by_planes() ? 1.0f : row(c)[1]; });
+  if (e.bias) bias_ = by_slot([&](int64_t c) { return e.bias[c]; });
+  if (e.scale) scale_ = by_slot([&](int64_t c) { return e.scale[c]; });
+  if (e.shift) shift_ = by_slot([&](int64_t c) { return e.shift[c]; });
 
+  std::vector<Buffer<float>> digit_steps;  // of the weight
+  for (int i = 0; i < plan.w_digits; ++i)
+    digit_steps.push_back(by_slot([&](int64_t c) { return step_of_digit(args.w_kind, row(c), i); }));
+  for (int j = 0; j < plan.x_digits; ++j) activation_steps_[j] = step_of_digit(args.x_kind, e.x_grid, j);
+  pair_steps_ = Buffer<float>(plan.w_digits * plan.x_digits * slots_);
+  for (int i = 0; i < plan.w_digits; ++i)
+    for (int j = 0; j < plan.x_digits; ++j)
+      for (int64_t s = 0; s < slots_; ++s)
+        pair_steps_[(i * x_digits_ + j) * slots_ + s] = pair_step(digit_steps[i][s], activation_steps_[j]);
+  if (!plan.by_planes()) digit_steps.push_back(by_slot([&](int64_t c) { return row(c)[1]; }));  // of whole codes
+  find_window_terms(args, weights, window, digit_steps);
+}
+
+void Epilogue::find_window_terms(const LowbitArgs& args, const Weights& weights, const Window& window,
+                                 const std::vector<Buffer<float>>& digit_steps) {
   const ConvGeometry& g = args.geometry;
+  const int64_t plane = g.kernel_height * g.kernel_width * slots_;
+  window_terms_ = Buffer<float>(window.count() * slots_);
   std::vector<int64_t> sums(slots_);
+  std::vector<float> total(slots_);
   int64_t index = 0;
   for (const TapRange& rows : window.rows.ranges)
     for (const TapRange& columns : window.columns.ranges) {
-      add_tap_sums(weights.tap_sums, slots_, g.kernel_width, rows, columns, sums.data());
+      std::fill(total.begin(), total.end(), 0.0f);
+      for (size_t i = 0; i < digit_steps.size(); ++i) {
+        add_tap_sums(weights.tap_sums.data() + i * plane, slots_, g.kernel_width, rows, columns, sums.data());
+        for (int64_t s = 0; s < slots_; ++s) total[s] = add_digit(total[s], digit_steps[i][s], static_cast<float>(sums[s]));
+      }
       const float taps = static_cast<float>(rows.count() * columns.count() * (g.in_channels / g.groups));
       for (int64_t s = 0; s < slots_; ++s)
-        window_terms_[index++] = window_term(static_cast<float>(sums[s]), taps, e.x_grid[0], step_[s], offset_[s]);
+        window_terms_[index++] = window_term(total[s], taps, args.epilogue.x_grid[0], 1.0f, offset_[s]);
     }
 }
 
@@ -312,9 +365,9 @@ void Epilogue::finish(const Sum* dots, const Sum* activations, Sum zero, int64_t
   const float* const window = window_terms_.data() + window_class * slots_ + slot;
   for (int64_t i = 0; i < n; ++i) {
     const Sum sum = activations[i * kStride];
-    y[i] =
-        data_term(static_cast<float>(dots[i] + zero * sum), static_cast<float>(sum), activation_step_, step[i], offset[i]) +
-        window[i];
+    Sum dot = dots[i];
+    if constexpr (std::is_integral_v<Sum>) dot += zero * sum;
+    y[i] = data_term(static_cast<float>(dot), static_cast<float>(sum), activation_step_, step[i], offset[i]) + window[i];
   }
   if (has_bias_)
     for (int64_t i = 0; i < n; ++i) y[i] = y[i] + bias_[slot + i];
@@ -325,18 +378,20 @@ void Epilogue::finish(const Sum* dots, const Sum* activations, Sum zero, int64_t
 
 template void Epilogue::finish<int32_t, 0>(const int32_t*, const int32_t*, int32_t, int64_t, int64_t, int64_t, float*) const;
 template void Epilogue::finish<int32_t, 1>(const int32_t*, const int32_t*, int32_t, int64_t, int64_t, int64_t, float*) const;
+template void Epilogue::finish<float, 0>(const float*, const float*, float, int64_t, int64_t, int64_t, float*) const;
+template void Epilogue::finish<float, 1>(const float*, const float*, float, int64_t, int64_t, int64_t, float*) const;
 template void Epilogue::finish<int64_t, 0>(const int64_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float*) const;
 
 Output::Output(const LowbitArgs& args)
     : args_(args),
       image_(args.geometry.out_height * args.geometry.out_width),
-      channels_last_(args.out_stride[1] == 1 || args.geometry.out_channels == 1) {}
+      channels_last_(args.out_stride[1] == 1 || args.geometry.out_channels == 1) {
+  const EpilogueArgs& e = args.epilogue;
+  if (e.out_grid) encoder_.emplace(e.out_kind, e.out_levels, e.out_grid);
+}
 
 void Output::store_run(int64_t at, const float* y, int64_t n) const {
-  if (args_.epilogue.out_grid) {
-    const Encoder encoder(args_.epilogue.out_kind, args_.epilogue.out_levels, args_.epilogue.out_grid);
-    return encoder.run(y, n, static_cast<uint8_t*>(args_.out) + at);
-  }
+  if (encoder_) return encoder_->run(y, n, static_cast<uint8_t*>(args_.out) + at);
   with_type(args_.epilogue.out_dtype, [&]<class T>(T*) {
     T* const to = static_cast<T*>(args_.out) + at;
     int64_t i = 0;

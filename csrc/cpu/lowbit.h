@@ -4,10 +4,11 @@
 
 #include <vector>
 
-#include "core/args.h"
+#include "core/bitplanes.h"
 #include "core/window.h"
 #include "cpu/buffer.h"
 #include "cpu/dot.h"
+#include "cpu/encoder.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 
@@ -22,11 +23,15 @@ struct Plan {
   Path path;
   int64_t depth;  // K: terms of a dot product
   bool wide;      // K is too large for int32 sums
+  // Digits of either operand where a basis is learned, and planes are multiplied; else 0.
+  int x_digits, w_digits;
   int64_t block;  // output pixels whose rows are prepared together
   int64_t chunk;  // panels of output channels a task multiplies them with
   // Output channels by group, each group padded to whole vectors: "slots".
   int64_t groups, group_channels, group_vectors;
 
+  bool by_planes() const { return w_digits > 0; }
+  int64_t words() const { return words_of(depth); }
   int64_t slots() const { return groups * group_vectors * kLanes; }
   int64_t steps() const { return (depth + kDepth - 1) / kDepth; }
   int64_t panels() const { return (group_vectors + kTileVectors - 1) / kTileVectors; }
@@ -63,12 +68,18 @@ struct Window {
 
 struct Weights {
   Buffer<Weight> panels;     // [groups][panels][steps][channels of the panel][kDepth]; not for kDepthwise
-  Buffer<int32_t> taps;      // [taps][slots]: codes; kDepthwise only
-  Buffer<int64_t> tap_sums;  // [taps][slots]: sum of the codes over the group's input channels
+  Buffer<uint32_t> planes;   // [groups][panels][digits][words][channels of the panel]; in their place by planes
+  Buffer<int32_t> taps;      // [digits or 1][taps][slots]: codes, or their digits; kDepthwise only
+  Buffer<int64_t> tap_sums;  // [digits or 1][taps][slots]: sum of those over the group's input channels
   int32_t zero;              // what was subtracted from the codes in the panels
 
   const Weight* panel(const Plan& plan, int64_t group, int64_t index) const {
     return panels.data() + (group * plan.group_vectors + index * kTileVectors) * kLanes * plan.steps() * kDepth;
+  }
+  // Of a digit; vectors: of this panel.
+  uint32_t* plane(const Plan& plan, int64_t group, int64_t index, int64_t vectors, int digit) const {
+    const int64_t first = (group * plan.group_vectors + index * kTileVectors) * plan.w_digits + digit * vectors;
+    return planes.data() + first * kLanes * plan.words();
   }
 };
 
@@ -79,17 +90,27 @@ class Epilogue {
  public:
   Epilogue(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Window& window);
 
-  // y[n] from the integer sums of n slots, n a multiple of kLanes. Sum: int32_t or int64_t; kStride is 0 where all slots
-  // share one sum of activations, else 1.
+  // y[n] from the sums of n slots, n a multiple of kLanes. Sum: int32_t or int64_t; float by planes, with the steps in it.
+  // kStride is 0 where all slots share one sum of activations, else 1.
   template <class Sum, int kStride>
   void finish(const Sum* dots, const Sum* activations, Sum zero, int64_t window_class, int64_t slot, int64_t n,
               float* y) const;
 
+  // By planes: sw_i*sa_j [slots], and sa_j.
+  const float* pair_steps(int i, int j) const { return pair_steps_.data() + (i * x_digits_ + j) * slots_; }
+  float activation_step(int j) const { return activation_steps_[j]; }
+
  private:
+  void find_window_terms(const LowbitArgs& args, const Weights& weights, const Window& window,
+                         const std::vector<Buffer<float>>& digit_steps);
+
+  int x_digits_;
+  float activation_steps_[kMaxBits];
   float activation_step_, lower_, upper_;
   bool has_bias_, has_scale_;
   int64_t slots_;
   Buffer<float> step_, offset_, bias_, scale_, shift_;  // [slots]
+  Buffer<float> pair_steps_;                            // [w_digits][x_digits][slots]
   Buffer<float> window_terms_;                          // [classes][slots]: oa*(sw*SW + ow*V)
 };
 
@@ -106,7 +127,8 @@ class Output {
   void store_run(int64_t at, const float* y, int64_t n) const;
 
   const LowbitArgs& args_;
-  int64_t image_;  // output pixels an image
+  std::optional<Encoder> encoder_;  // of the next layer's codes
+  int64_t image_;                   // output pixels an image
   bool channels_last_;
 };
 

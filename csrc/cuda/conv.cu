@@ -28,16 +28,23 @@ void run_depthwise(const LowbitArgs& lowbit, const ProductPlan& plan, const Cont
                            Divider(static_cast<uint32_t>(g.out_width)),
                            Divider(static_cast<uint32_t>(multiple))};
   const dim3 grid = blocks(divide_up(int64_t{args.items}, int64_t{kThreads}), std::min<int64_t>(g.batch, 65535));
-  pack == 4 ? launch(context, grid, kThreads, depthwise_kernel<4>, args)
-            : launch(context, grid, kThreads, depthwise_kernel<1>, args);
+  const bool learned = has_learned_basis(lowbit);
+  const auto kernel = pack == 4 ? (learned ? depthwise_kernel<4, true> : depthwise_kernel<4, false>)
+                                : (learned ? depthwise_kernel<1, true> : depthwise_kernel<1, false>);
+  launch(context, grid, kThreads, kernel, args);
+}
+
+void run_conv(const LowbitArgs& args, const Context& context) {
+  const ProductPlan plan = plan_of(args, context);
+  plan.engine == Engine::kDepthwise ? run_depthwise(args, plan, context) : run_gemm(args, plan, context);
 }
 
 }  // namespace
 
 void lowbit_conv2d(const LowbitArgs& args, const Context& context) {
-  const ProductPlan plan = plan_of(args, context);
-  if (plan.engine == Engine::kDotProduct) return lowbit_linear(args, context);
-  plan.engine == Engine::kDepthwise ? run_depthwise(args, plan, context) : run_gemm(args, plan, context);
+  const Engine engine = plan_of(args, context).engine;
+  const bool linear = engine == Engine::kDotProduct || engine == Engine::kPlaneProduct;
+  linear ? lowbit_linear(args, context) : run_learned(args, context, run_conv);
 }
 
 }  // namespace qk::cuda

@@ -13,7 +13,8 @@
 // activation, at no conflict. So weights never pass through shared memory as bytes, and no ldmatrix is needed.
 //
 // Bits: the pairs (weight plane, activation plane) follow each other as one long depth, heaviest first; between pairs of
-// different weight the sums are doubled (Horner).
+// different weight the sums are doubled (Horner). Where a basis is learned (Sum float), the integer sums of a pair are
+// multiplied by its step and added to floats when the pair is through, in the order of core/algebra.h.
 
 #include "cuda/plan.h"
 #include "cuda/ptx/cp_async.cuh"
@@ -29,10 +30,12 @@
 namespace qk::cuda {
 
 struct BitPair {
-  int w_plane, x_plane;
-  int doublings;          // of the sums before this pair
+  int8_t w_plane, x_plane;
+  int8_t doublings;       // of the sums before this pair
   bool sums_activations;  // each plane of the activation is counted with one pair
 };
+
+inline constexpr int kMostPairs = kMaxBits * kMaxBits;
 
 struct GemmArgs {
   LowbitArgs lowbit;
@@ -46,7 +49,7 @@ struct GemmArgs {
   int64_t channel_tiles, pixel_tiles, splits;
   uint32_t zero;  // to the compiler, any number
   int pair_count;
-  BitPair pairs[kMaxBitPairs];
+  BitPair pairs[kMostPairs];
   const float* window_terms;  // [classes, out_channels]
   int32_t* partial_dots;      // [splits, pixels, out_channels]; null without splits
   int32_t* partial_sums;      // [splits, pixels, groups]
@@ -105,10 +108,12 @@ __device__ __forceinline__ bool is_inside(const ConvGeometry& g, const WindowSta
 
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * kRowBytes + (chunk ^ (row & 7)) * kChunk; }
 
-template <class Tile_, bool kBitProduct, int kCopy>
+template <class Tile_, bool kBitProduct, int kCopy, class Sum>
 class Gemm {
  public:
   using Tile = Tile_;
+  static constexpr bool kSteps = std::is_same_v<Sum, float>;  // pairs have steps of their own
+  static_assert(kBitProduct || !kSteps);
 
   static QK_HOST_DEVICE int stage_bytes(int w_bits) {
     return Tile::kXBytes + (kBitProduct ? Tile::kChannels * kRowBytes : w_bits * Tile::kChannels * kChunk);
@@ -156,11 +161,11 @@ class Gemm {
       __syncthreads();
       const Staged staged{*this, part};
       const int pixels = min(Tile::kPart, staged.count());
-      if (p_.splits > 1) {
+      if (!kSteps && p_.splits > 1) {
         put_partials(staged, pixels);
       } else {
-        finish_part<Tile::kPart, Tile::kChannels, kGemmThreads>(p_.lowbit, p_.window_terms, staged, pixels, first_channel_,
-                                                                channel_count_);
+        finish_part<kSteps, Tile::kPart, Tile::kChannels, kGemmThreads>(p_.lowbit, p_.window_terms, staged, pixels,
+                                                                        first_channel_, channel_count_);
       }
       __syncthreads();
     }
@@ -186,7 +191,10 @@ class Gemm {
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums_[i][j][e] = 0;
+        for (int e = 0; e < 4; ++e) {
+          sums_[i][j][e] = 0;
+          if constexpr (kSteps) totals_[i][j][e] = 0.0f;
+        }
     const int count = step_count_ * p_.pair_count;
     Cursor loading{0, 0}, computing{0, 0};
 #pragma unroll 1
@@ -332,7 +340,7 @@ class Gemm {
   };
 
   __device__ __forceinline__ void compute(const char* stage, Cursor& cursor) {
-    if (kBitProduct && cursor.step == 0) double_sums(p_.pairs[cursor.pair].doublings);
+    if (kBitProduct && !kSteps && cursor.step == 0) double_sums(p_.pairs[cursor.pair].doublings);
     uint32_t weights[4][8];  // channels g, g + 8, g + 16, g + 24
     if constexpr (kBitProduct) {
       fetch_weights(stage + Tile::kXBytes, weights);
@@ -362,7 +370,36 @@ class Gemm {
       }
     }
     sum_activations(stage, cursor.pair);
+    if constexpr (kSteps)
+      if (cursor.step == step_count_ - 1) add_pair(p_.pairs[cursor.pair]);
     cursor.next(step_count_);
+  }
+
+  // The sums of a pair that is through, times its step, to the totals.
+  __device__ __forceinline__ void add_pair(const BitPair& pair) {
+    const LowbitArgs& lowbit = p_.lowbit;
+    const int x_bits = bits_of(lowbit.x_kind, lowbit.x_levels);
+    const int w_digit = digit_of_plane(lowbit.w_kind, lowbit.w_bits, pair.w_plane);
+    const int x_digit = digit_of_plane(lowbit.x_kind, x_bits, pair.x_plane);
+    const float x_step = step_of_digit(lowbit.x_kind, lowbit.epilogue.x_grid, x_digit);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int channel = warp_channel_ + lane_ / 4 + 16 * i + 8 * half;
+        const float* const grid = weight_grid(lowbit.epilogue, first_channel_ + min(channel, channel_count_ - 1));
+        const float step = pair_step(step_of_digit(lowbit.w_kind, grid, w_digit), x_step);
+#pragma unroll
+        for (int j = 0; j < Tile::kColumns; ++j)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            totals_[i][j][e] = add_digit(totals_[i][j][e], step, static_cast<float>(sums_[i][j][e]));
+            sums_[i][j][e] = 0;
+          }
+      }
+    if (!pair.sums_activations) return;
+    activation_total_ = add_digit(activation_total_, x_step, static_cast<float>(row_sum(activations_)));
+    activations_ = 0;
   }
 
   __device__ __forceinline__ void double_sums(int doublings) {
@@ -419,17 +456,22 @@ class Gemm {
 
   // ---- finishing ----
 
-  __device__ __forceinline__ void put_sums() {
+  // Over the threads that share a row.
+  __device__ __forceinline__ int32_t row_sum(uint32_t sum) const {
 #pragma unroll
-    for (int offset = Tile::kThreadsARow / 2; offset > 0; offset /= 2)
-      activations_ += __shfl_xor_sync(kAllLanes, activations_, offset);
+    for (int offset = Tile::kThreadsARow / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+    return static_cast<int32_t>(sum);
+  }
+
+  __device__ __forceinline__ void put_sums() {
+    const int32_t sum = kSteps ? 0 : row_sum(activations_);
     const int row = thread_ / Tile::kThreadsARow;
     if (thread_ % Tile::kThreadsARow != 0 || row >= pixel_count_) return;
     const int64_t pixel = first_pixel_ + row;
     if (p_.splits > 1) {
-      p_.partial_sums[(blockIdx.y * pixels() + pixel) * g_.groups + group_] = static_cast<int32_t>(activations_);
+      p_.partial_sums[(blockIdx.y * pixels() + pixel) * g_.groups + group_] = sum;
     } else {
-      pixels_[row] = output_pixel(p_.lowbit, pixel, static_cast<float>(static_cast<int32_t>(activations_)));
+      pixels_[row] = output_pixel(p_.lowbit, pixel, kSteps ? activation_total_ : static_cast<float>(sum));
     }
   }
 
@@ -448,13 +490,13 @@ class Gemm {
       for (int jj = 0; jj < Tile::kPartColumns; ++jj)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int32_t* const own = sums_[i][part * Tile::kPartColumns + jj] + 2 * half;
+          const Sum* const own = results()[i][part * Tile::kPartColumns + jj] + 2 * half;
           const int c = channel + 16 * i + 8 * half, p = pixel + 8 * jj;
           if (channels_last) {
-            ptx::store_shared<int32_t>(stages_ + 4 * (p * Tile::kChannelPitch + c), own[0]);
-            ptx::store_shared<int32_t>(stages_ + 4 * ((p + 1) * Tile::kChannelPitch + c), own[1]);
+            ptx::store_shared<Sum>(stages_ + 4 * (p * Tile::kChannelPitch + c), own[0]);
+            ptx::store_shared<Sum>(stages_ + 4 * ((p + 1) * Tile::kChannelPitch + c), own[1]);
           } else {
-            ptx::store_shared<int2>(stages_ + 4 * (c * Tile::kPixelPitch + p), int2{own[0], own[1]});
+            ptx::store_shared<Pack<Sum, 2>>(stages_ + 4 * (c * Tile::kPixelPitch + p), {{own[0], own[1]}});
           }
         }
   }
@@ -477,14 +519,14 @@ class Gemm {
       return count;
     }
     __device__ __forceinline__ OutputPixel pixel(int p) const { return gemm.pixels_[in_tile(p)]; }
-    __device__ __forceinline__ int4 sums(int p, int c) const {
+    __device__ __forceinline__ Pack<Sum, 4> sums(int p, int c) const {
       const int at = gemm.by_channels() ? p * Tile::kChannelPitch + c : c * Tile::kPixelPitch + p;
-      return ptx::load_shared<int4>(gemm.stages_ + 4 * at);
+      return ptx::load_shared<Pack<Sum, 4>>(gemm.stages_ + 4 * at);
     }
     __device__ __forceinline__ void dots(int p, int c, int, float* d) const {
-      const int4 s = sums(p, c);
-      d[0] = static_cast<float>(s.x), d[1] = static_cast<float>(s.y);
-      d[2] = static_cast<float>(s.z), d[3] = static_cast<float>(s.w);
+      const Pack<Sum, 4> s = sums(p, c);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(s.v[i]);
     }
   };
 
@@ -494,11 +536,10 @@ class Gemm {
       const int p = i / kPacks, c = i % kPacks * 4;
       const int64_t pixel = first_pixel_ + staged.in_tile(p);
       int32_t* const to = p_.partial_dots + (blockIdx.y * pixels() + pixel) * g_.out_channels + first_channel_ + c;
-      const int4 s = staged.sums(p, c);
-      if (c < channel_count_) to[0] = s.x;
-      if (c + 1 < channel_count_) to[1] = s.y;
-      if (c + 2 < channel_count_) to[2] = s.z;
-      if (c + 3 < channel_count_) to[3] = s.w;
+      const Pack<Sum, 4> s = staged.sums(p, c);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (c + e < channel_count_) to[e] = static_cast<int32_t>(s.v[e]);
     }
   }
 
@@ -510,13 +551,23 @@ class Gemm {
   char* stages_;         // [kStages][activation, weights]; later the staged sums
   int64_t group_, first_pixel_, first_channel_, first_step_;
   int channel_count_, pixel_count_, step_count_;
+  __device__ __forceinline__ const Sum (&results() const)[2][Tile::kColumns][4] {
+    if constexpr (kSteps) {
+      return totals_;
+    } else {
+      return sums_;
+    }
+  }
+
   int32_t sums_[2][Tile::kColumns][4];
+  float totals_[2][kSteps ? Tile::kColumns : 1][4];  // with the steps of their pairs
   uint32_t activations_ = 0;
+  float activation_total_ = 0.0f;
 };
 
-template <class Tile, bool kBitProduct, int kCopy>
+template <class Tile, bool kBitProduct, int kCopy, class Sum>
 __global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ GemmArgs args) {
-  Gemm<Tile, kBitProduct, kCopy>(args, dynamic_shared<char>()).run();
+  Gemm<Tile, kBitProduct, kCopy, Sum>(args, dynamic_shared<char>()).run();
 }
 
 // The sums of all splits, in 64 bits.
@@ -557,7 +608,7 @@ __global__ void __launch_bounds__(kGemmThreads) finish_kernel(const __grid_const
   }
   __syncthreads();
   const int channels = static_cast<int>(min(int64_t{kFinishChannels}, group_channels - channel));
-  finish_part<kFinishPixels, kFinishChannels, kGemmThreads>(
+  finish_part<false, kFinishPixels, kFinishChannels, kGemmThreads>(
       p.lowbit, p.window_terms, Partials{p, first, first_channel, pixels, own}, count, first_channel, channels);
 }
 

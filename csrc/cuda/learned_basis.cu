@@ -2,6 +2,8 @@
 
 #include "cuda/learned_basis.cuh"
 
+#include "cuda/learned_basis.h"
+
 namespace qk::cuda {
 namespace {
 
@@ -28,6 +30,10 @@ void train(const LearnedBasisArgs& args, const float* tables, const Context& con
 }
 
 }  // namespace
+
+const float* level_table(const float* grid, int bits, const Context& context) {
+  return level_tables({grid, nullptr, bits, Encoding::kUnsigned}, 1, context);
+}
 
 void learned_basis_forward(const LearnedBasisArgs& args, const Context& context) {
   const float* const tables = level_tables(args, context);

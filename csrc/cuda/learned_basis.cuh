@@ -2,13 +2,10 @@
 // Device code of learned_basis_quantize: the search tree of core/learned_basis.h, built once a channel, lies in the caches;
 // a walk down it finds the level, and what B B^T and B x need of an element follows from its code.
 
-#include "core/learned_basis.h"
+#include "cuda/tile/levels.cuh"
 #include "cuda/tile/traverse.cuh"
 
 namespace qk::cuda {
-
-// Floats of a channel's table: thresholds and levels by node, then the codes of the levels, as ints.
-QK_HOST_DEVICE int64_t table_size(int bits) { return int64_t{3} << bits; }
 
 // Rows of a grid [channels, 1 + bits], or made of a basis [channels, bits] where there is none.
 struct LevelSource {
@@ -52,17 +49,6 @@ __global__ void __launch_bounds__(kThreads) level_table_kernel(const LevelSource
   if (rank > 0) table[node_below(rank, count)] = midpoint(below, level);
   table[count + rank] = level;
   reinterpret_cast<int32_t*>(table)[2 * count + rank] = code;
-}
-
-// Of a value in the table of its channel. That of a NaN is the lowest.
-__device__ __forceinline__ int nearest_leaf(const float* __restrict__ table, int bits, float x) {
-  int node = 1;
-  for (int depth = 0; depth < bits; ++depth) node = 2 * node + (x > table[node] ? 1 : 0);
-  return node;
-}
-
-__device__ __forceinline__ int code_at(const float* table, int bits, int leaf) {
-  return reinterpret_cast<const int32_t*>(table)[(1 << bits) + leaf];
 }
 
 // For up to kMax bits: the upper triangle of B B^T, row by row, and B x.

@@ -2,6 +2,7 @@
 
 #include "cuda/lowbit.cuh"
 
+#include "cuda/learned_basis.h"
 #include "cuda/lowbit.h"
 
 namespace qk::cuda {
@@ -67,14 +68,57 @@ const uint8_t* prepare_codes(const LowbitArgs& args, int64_t tap_bytes, const Co
 }  // namespace
 
 ProductPlan plan_of(const LowbitArgs& args, const Context& context) {
-  return plan_product(args.geometry, bits_of(args.x_kind, args.x_levels), args.w_bits,
+  return plan_product(args.geometry, bits_of(args.x_kind, args.x_levels), args.w_bits, has_learned_basis(args),
                       {context.architecture, context.multiprocessors});
+}
+
+void run_learned(const LowbitArgs& args, const Context& context, void (*run)(const LowbitArgs&, const Context&)) {
+  LowbitArgs prepared = args;
+  const ConvGeometry& g = args.geometry;
+  const int64_t numel = input_pixels(g) * g.in_channels;
+  if (args.x_kind == Kind::kLearned && args.x_dtype != DType::kUInt8 && numel > 0) {
+    uint8_t* const codes = bytes(context, numel);
+    const int bits = bits_of(args.x_kind, args.x_levels);
+    learned_basis_encode({{1, 1, numel}, args.x_dtype, bits, args.epilogue.x_grid, args.x, codes}, context);
+    prepared.x_dtype = DType::kUInt8;
+    prepared.x = codes;
+  }
+  EpilogueArgs& e = prepared.epilogue;
+  if (!e.out_grid || e.out_kind != Kind::kLearned) return run(prepared, context);
+  const int bits = bits_of(e.out_kind, e.out_levels);
+  if (has_learned_basis(args)) {
+    e.out_grid = level_table(e.out_grid, bits, context);
+    return run(prepared, context);
+  }
+  const int64_t count = g.batch * g.out_height * g.out_width * g.out_channels;
+  prepared.out = context.workspace(count);
+  e.out_grid = nullptr;
+  e.out_dtype = DType::kFloat32;
+  run(prepared, context);
+  learned_basis_encode(
+      {{1, 1, count}, DType::kFloat32, bits, args.epilogue.out_grid, prepared.out, static_cast<uint8_t*>(args.out)},
+      context);
+}
+
+LowbitArgs align_taps(const LowbitArgs& args, const Context& context) {
+  const ConvGeometry& g = args.geometry;
+  const int64_t taps = g.kernel_height * g.kernel_width, channels = g.in_channels / g.groups;
+  if (taps == 1 || channels % kWordBits == 0) return args;
+  LowbitArgs aligned = args;
+  aligned.words = taps * words_of(channels);
+  const int64_t count = args.w_bits * g.out_channels * aligned.words;
+  auto* const planes = reinterpret_cast<int32_t*>(context.workspace(count));
+  const int64_t most = int64_t{context.multiprocessors} * kBlocksPerMultiprocessor;
+  launch(context, blocks(std::min(divide_up(count, int64_t{kThreads}), most)), kThreads, align_taps_kernel, args, planes,
+         count);
+  aligned.planes = planes;
+  return aligned;
 }
 
 PreparedActivation prepare_activation(const LowbitArgs& args, const ProductPlan& plan, const Context& context) {
   const ConvGeometry& g = args.geometry;
   const int64_t tap_bytes = tap_bytes_of(g, plan.engine);
-  if (plan.engine != Engine::kBits) return {prepare_codes(args, tap_bytes, context), 0, tap_bytes};
+  if (!takes_planes(plan.engine)) return {prepare_codes(args, tap_bytes, context), 0, tap_bytes};
   const int64_t channels = g.in_channels / g.groups, rows = input_pixels(g) * g.groups;
   const int bits = bits_of(args.x_kind, args.x_levels);
   uint8_t* const planes = bytes(context, bits * rows * tap_bytes);
@@ -85,10 +129,10 @@ PreparedActivation prepare_activation(const LowbitArgs& args, const ProductPlan&
     return {planes, rows * tap_bytes, tap_bytes};
   }
   const uint8_t* const codes = prepare_codes(args, channels, context);
+  const Kind kind = args.x_kind == Kind::kLearned ? Kind::kUniform : args.x_kind;  // of the same planes
   if (rows > 0)
     pack_bitplanes(
-        {rows, channels, words_of(channels), args.x_kind, args.x_levels, bits, codes, reinterpret_cast<int32_t*>(planes)},
-        context);
+        {rows, channels, words_of(channels), kind, args.x_levels, bits, codes, reinterpret_cast<int32_t*>(planes)}, context);
   return {planes, rows * tap_bytes, tap_bytes};
 }
 

@@ -7,6 +7,7 @@
 #include "core/window.h"
 #include "cuda/tile/channel.cuh"
 #include "cuda/tile/element.cuh"
+#include "cuda/tile/epilogue.cuh"
 #include "cuda/tile/launch.cuh"
 #include "cuda/tile/reduce.cuh"
 
@@ -73,13 +74,28 @@ __global__ void __launch_bounds__(kThreads)
 // Ones among bits [first, last) of a row of words, this lane's share of them.
 __device__ __forceinline__ int64_t count_ones(const int32_t* __restrict__ row, int64_t first, int64_t last, int lane) {
   int64_t ones = 0;
-  for (int64_t word = first / kWordBits + lane; word * kWordBits < last; word += 32) {
-    auto bits = static_cast<uint32_t>(row[word]);
-    if (word * kWordBits < first) bits &= ~0u << (first - word * kWordBits);
-    if ((word + 1) * kWordBits > last) bits &= ~0u >> ((word + 1) * kWordBits - last);
-    ones += __popc(bits);
-  }
+  for (int64_t word = first / kWordBits + lane; word * kWordBits < last; word += 32)
+    ones += __popc(static_cast<uint32_t>(row[word]) & bits_within(word, first, last));
   return ones;
+}
+
+// Weight planes [bits, out_channels, words] to such whose taps begin with words, [.., taps, words_of(channels)].
+__global__ void __launch_bounds__(kThreads)
+    align_taps_kernel(const LowbitArgs args, int32_t* __restrict__ planes, int64_t count) {
+  const ConvGeometry& g = args.geometry;
+  const int64_t channels = g.in_channels / g.groups, tap_words = words_of(channels);
+  const int64_t row_words = g.kernel_height * g.kernel_width * tap_words;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const int64_t tap = i % row_words / tap_words, within = i % tap_words * kWordBits;
+    const int64_t first = tap * channels + within, last = min(first + kWordBits, (tap + 1) * channels);
+    const int32_t* const row = args.planes + i / row_words * args.words;
+    const int64_t word = first / kWordBits;
+    uint64_t bits = static_cast<uint32_t>(row[word]) & bits_within(word, first, last);
+    if (last > (word + 1) * kWordBits)
+      bits |= uint64_t{static_cast<uint32_t>(row[word + 1]) & bits_within(word + 1, first, last)} << kWordBits;
+    planes[i] = static_cast<int32_t>(static_cast<uint32_t>(bits >> first % kWordBits));
+  }
 }
 
 // oa*(sw*SW + ow*V) of every class of windows and channel, a warp each. The valid taps of a kernel row are one run of bits.
@@ -95,20 +111,25 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t channel = i % g.out_channels, window_class = i / g.out_channels;
     const TapRange down = rows.taps(rows.position_of(window_class / column_classes));
     const TapRange across = columns.taps(columns.position_of(window_class % column_classes));
+    const float* const grid = weight_grid(args.epilogue, channel);
+    const bool pairs = args.epilogue.plane_pairs;
     int64_t sum = 0;
-    for (int plane = 0; plane < args.w_bits; ++plane) {
+    float with_steps = 0.0f;
+    for (int digit = 0; digit < args.w_bits; ++digit) {
+      const int plane = plane_of_digit(args.w_kind, args.w_bits, digit);
       const int32_t* const row = args.planes + (plane * g.out_channels + channel) * args.words;
       int64_t ones = 0;
       for (int64_t y = down.first; y < down.last; ++y)
         ones += count_ones(row, (y * g.kernel_width + across.first) * channels,
                            (y * g.kernel_width + across.last) * channels, lane);
+      ones = warp_sum(ones);
       sum += ones * plane_weight(args.w_kind, args.w_bits, plane);
+      if (pairs) with_steps = add_digit(with_steps, step_of_digit(args.w_kind, grid, digit), static_cast<float>(ones));
     }
-    sum = warp_sum(sum);
     if (lane != 0) continue;
-    const float* const grid = args.epilogue.w_grid + (args.epilogue.w_per_channel ? channel * kGridColumns : 0);
-    terms[i] = window_term(static_cast<float>(sum), static_cast<float>(down.count() * across.count() * channels),
-                           args.epilogue.x_grid[0], grid[1], grid[0]);
+    terms[i] = window_term(pairs ? with_steps : static_cast<float>(sum),
+                           static_cast<float>(down.count() * across.count() * channels), args.epilogue.x_grid[0],
+                           pairs ? 1.0f : grid[1], grid[0]);
   }
 }
 

@@ -13,6 +13,13 @@ struct PreparedActivation {
   int64_t tap_bytes;
 };
 
+// Runs a product with what is learned about it brought to what the kernels take: floats of the activation to codes; for a
+// learned output the table of its levels, or where no operand is learned floats, which become codes after it.
+void run_learned(const LowbitArgs& args, const Context& context, void (*run)(const LowbitArgs&, const Context&));
+
+// The same weights, taps beginning with words.
+LowbitArgs align_taps(const LowbitArgs& args, const Context& context);
+
 PreparedActivation prepare_activation(const LowbitArgs& args, const ProductPlan& plan, const Context& context);
 
 // oa*(sw*SW + ow*V): [classes of windows, out_channels].

@@ -10,7 +10,8 @@
 
 namespace qk::cuda {
 
-enum class Engine { kDotProduct, kDepthwise, kBytes, kBits };  // dp4a row by row, direct, mma of bytes, mma of bits
+// dp4a row by row, popcounts of planes row by row, direct, mma of bytes, mma of bits.
+enum class Engine { kDotProduct, kPlaneProduct, kDepthwise, kBytes, kBits };
 
 // Output channels by pixels that a block of 128 threads computes. Four warps take 32 channels each, or two of them share.
 enum class TileShape { k128x128, k64x128, k128x32 };
@@ -45,10 +46,13 @@ inline bool is_linear(const ConvGeometry& g) {
          g.groups == 1;
 }
 
+// Whether the activation is wanted as planes.
+inline bool takes_planes(Engine engine) { return engine == Engine::kBits || engine == Engine::kPlaneProduct; }
+
 // Bytes of a tap of one group in a row of codes: a single tap's rows are padded for whole copies.
 inline int64_t tap_bytes_of(const ConvGeometry& g, Engine engine) {
   const int64_t channels = g.in_channels / g.groups;
-  if (engine == Engine::kBits) return words_of(channels) * (kWordBits / 8);
+  if (takes_planes(engine)) return words_of(channels) * (kWordBits / 8);
   const bool padded = g.kernel_height * g.kernel_width == 1 && engine != Engine::kDepthwise;
   return padded ? divide_up(channels, kCopyBytes) * kCopyBytes : channels;
 }
@@ -60,19 +64,21 @@ inline bool multiplies_bits(const ConvGeometry& g, int x_bits, int w_bits, int a
          taps * channels >= 128;
 }
 
-inline ProductPlan plan_product(const ConvGeometry& g, int x_bits, int w_bits, const Device& device) {
+// learned: the sums of each pair of planes have a step of their own, so planes are multiplied whatever it costs, and a block
+// needs twice the registers for its sums: integers of this pair, floats of all.
+inline ProductPlan plan_product(const ConvGeometry& g, int x_bits, int w_bits, bool learned, const Device& device) {
   const int64_t taps = g.kernel_height * g.kernel_width, channels = g.in_channels / g.groups, depth = taps * channels;
   const int64_t pixels = g.batch * g.out_height * g.out_width;
   ProductPlan plan{Engine::kBytes, TileShape::k128x128, 16, 1, 0, 0};
   if (is_linear(g) && pixels <= kDotProductPixels && depth <= kDotProductDepth) {
-    plan.engine = Engine::kDotProduct;
+    plan.engine = learned ? Engine::kPlaneProduct : Engine::kDotProduct;
     return plan;
   }
   if (g.groups > 1 && channels == 1 && taps <= kMaxDepth && g.out_height * g.out_width * g.out_channels <= INT32_MAX) {
     plan.engine = Engine::kDepthwise;
     return plan;
   }
-  if (multiplies_bits(g, x_bits, w_bits, device.architecture)) plan.engine = Engine::kBits;
+  if (learned || multiplies_bits(g, x_bits, w_bits, device.architecture)) plan.engine = Engine::kBits;
   const bool bits = plan.engine == Engine::kBits;
   const int64_t tap_bytes = tap_bytes_of(g, plan.engine);
   plan.chunk = tap_bytes % kCopyBytes == 0 ? 16 : bits ? 4 : 1;
@@ -80,13 +86,17 @@ inline ProductPlan plan_product(const ConvGeometry& g, int x_bits, int w_bits, c
   const int64_t group_channels = g.out_channels / g.groups;
   if (pixels <= 32 && plan.chunk == 16) {
     plan.tile = TileShape::k128x32;
-  } else if (plan.chunk != 16 || group_channels <= 64) {
+  } else if (plan.chunk != 16 || group_channels <= 64 || learned) {
     plan.tile = TileShape::k64x128;
   }
   plan.tiles = g.groups * divide_up(group_channels, channels_of(plan.tile)) * divide_up(pixels, pixels_of(plan.tile));
   plan.steps = divide_up(taps * tap_bytes, kStepBytes);
   // Splits of the depth: as many as int32 sums need, and more where tiles leave multiprocessors idle. A split is worth its
   // partial sums from a few steps on.
+  if (learned) {  // floats of parts of the depth would depend on how it was split
+    plan.splits = 1;
+    return plan;
+  }
   constexpr int64_t kBlocksAtOnce = 2, kFewestSteps = 4, kMostSplits = 32;
   const int64_t needed = divide_up(plan.steps, (bits ? kMaxBitDepth / 8 : kMaxDepth) / kStepBytes);
   const int64_t idle = device.multiprocessors * kBlocksAtOnce / plan.tiles;

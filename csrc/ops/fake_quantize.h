@@ -19,9 +19,10 @@ inline Kind check_kind(const char* op, const char* argument, int64_t kind, Kind 
 inline int64_t check_levels(const char* op, const char* argument, Kind kind, int64_t levels) {
   if (kind == Kind::kBinary) check(levels == 1, op, argument, "1 for a binary quantizer", levels);
   if (kind == Kind::kTernary) check(levels == 2, op, argument, "2 for a ternary quantizer", levels);
-  if (kind == Kind::kUniform)
+  if (kind == Kind::kUniform || kind == Kind::kLearned)
     check(levels >= 1 && levels <= kMaxLevels && (levels & (levels + 1)) == 0, op, argument,
-          "2^n - 1 with n from 1 to 8 for a uniform quantizer", levels);
+          "2^n - 1 with n from 1 to 8 for a " + std::string(kind == Kind::kLearned ? "learned basis" : "uniform quantizer"),
+          levels);
   return levels;
 }
 

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/algebra.h"
 #include "ops/fake_quantize.h"
 
 namespace qk::ops {
@@ -37,6 +38,13 @@ inline std::optional<Tensor> optional_parameters(const char* op, const char* arg
                                                  const Tensor& x, std::initializer_list<int64_t> shape) {
   if (!t) return std::nullopt;
   return parameters(op, argument, *t, x, shape);
+}
+
+// Kinds that have codes.
+inline Kind check_coded_kind(const char* op, const char* argument, int64_t kind) {
+  check(kind >= 0 && kind <= static_cast<int64_t>(Kind::kLearned) && kind != static_cast<int64_t>(Kind::kIdentity), op,
+        argument, "0 (uniform), 1 (binary), 2 (ternary), 4 (learned)", kind);
+  return static_cast<Kind>(kind);
 }
 
 // planes [bits, rows, words] for rows of `columns` codes.
@@ -75,9 +83,9 @@ inline void check_range(const LowbitCall& call) {
 inline LowbitArgs lowbit_args(const LowbitCall& call, int64_t columns, LowbitTensors& tensors) {
   const char* const op = call.op;
   LowbitArgs args{};
-  args.x_kind = check_kind(op, "x_kind", call.x_kind, Kind::kTernary);
+  args.x_kind = check_coded_kind(op, "x_kind", call.x_kind);
   args.x_levels = check_levels(op, "x_levels", args.x_kind, call.x_levels);
-  args.w_kind = check_kind(op, "w_kind", call.w_kind, Kind::kTernary);
+  args.w_kind = check_coded_kind(op, "w_kind", call.w_kind);
   args.w_levels = check_levels(op, "w_levels", args.w_kind, call.w_levels);
   check_planes(call, args.w_kind, columns);
   const int64_t out_channels = call.planes.size(1);
@@ -87,13 +95,14 @@ inline LowbitArgs lowbit_args(const LowbitCall& call, int64_t columns, LowbitTen
 
   const Tensor& x = call.x;
   tensors.planes = as_contiguous(call.planes);
-  tensors.x_grid = parameters(op, "x_grid", call.x_grid, x, {1, kGridColumns});
+  const int x_columns = grid_columns(args.x_kind, bits_of(args.x_kind, args.x_levels));
+  const int w_columns = grid_columns(args.w_kind, bits_of(args.w_kind, args.w_levels));
+  tensors.x_grid = parameters(op, "x_grid", call.x_grid, x, {1, x_columns});
   const bool per_channel = !(call.w_grid.dim() == 2 && call.w_grid.size(0) == 1);
-  tensors.w_grid = parameters(op, "w_grid", call.w_grid, x, {per_channel ? out_channels : 1, kGridColumns});
+  tensors.w_grid = parameters(op, "w_grid", call.w_grid, x, {per_channel ? out_channels : 1, w_columns});
   tensors.bias = optional_parameters(op, "bias", call.bias, x, {out_channels});
   tensors.scale = optional_parameters(op, "scale", call.scale, x, {out_channels});
   tensors.shift = optional_parameters(op, "shift", call.shift, x, {out_channels});
-  tensors.out_grid = optional_parameters(op, "out_grid", call.out_grid, x, {1, kGridColumns});
 
   args.geometry.out_channels = out_channels;
   args.x_dtype = dtype_of(x);
@@ -103,16 +112,20 @@ inline LowbitArgs lowbit_args(const LowbitCall& call, int64_t columns, LowbitTen
   EpilogueArgs& epilogue = args.epilogue;
   epilogue.x_grid = static_cast<const float*>(tensors.x_grid.const_data_ptr());
   epilogue.w_grid = static_cast<const float*>(tensors.w_grid.const_data_ptr());
+  epilogue.w_columns = w_columns;
   epilogue.w_per_channel = per_channel;
+  epilogue.plane_pairs = has_learned_basis(args);
   epilogue.bias = static_cast<const float*>(data_of(tensors.bias));
   epilogue.scale = static_cast<const float*>(data_of(tensors.scale));
   epilogue.shift = static_cast<const float*>(data_of(tensors.shift));
   epilogue.lower = static_cast<float>(call.lower);
   epilogue.upper = static_cast<float>(call.upper);
-  epilogue.out_grid = static_cast<const float*>(data_of(tensors.out_grid));
   if (call.out_grid) {
-    epilogue.out_kind = check_kind(op, "out_kind", call.out_kind, Kind::kTernary);
+    epilogue.out_kind = check_coded_kind(op, "out_kind", call.out_kind);
     epilogue.out_levels = check_levels(op, "out_levels", epilogue.out_kind, call.out_levels);
+    const int columns = grid_columns(epilogue.out_kind, bits_of(epilogue.out_kind, epilogue.out_levels));
+    tensors.out_grid = optional_parameters(op, "out_grid", call.out_grid, x, {1, columns});
+    epilogue.out_grid = static_cast<const float*>(data_of(tensors.out_grid));
   }
   return args;
 }

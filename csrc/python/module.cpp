@@ -57,7 +57,7 @@ py::tuple copy_stream(const py::buffer& destination, const py::buffer& source, i
 }
 
 // geometry: the numbers of qk::ConvGeometry, in its order.
-py::dict plan(const std::vector<int64_t>& n, int x_bits, int w_bits, int architecture, int multiprocessors) {
+py::dict plan(const std::vector<int64_t>& n, int x_bits, int w_bits, bool learned, int architecture, int multiprocessors) {
   using qk::cuda::Engine;
   if (n.size() != 16) throw std::invalid_argument("plan: geometry must be 16 numbers, got " + std::to_string(n.size()));
   const qk::ConvGeometry g{n[0], n[1], n[2],  n[3],  n[4],  n[5],  n[6],  n[7],
@@ -69,11 +69,14 @@ py::dict plan(const std::vector<int64_t>& n, int x_bits, int w_bits, int archite
     throw std::invalid_argument("plan: groups must divide the channels, got " + std::to_string(g.groups));
   if (x_bits < 1 || x_bits > qk::kMaxBits || w_bits < 1 || w_bits > qk::kMaxBits)
     throw std::invalid_argument("plan: x_bits and w_bits must be from 1 to 8");
-  const auto plan = qk::cuda::plan_product(g, x_bits, w_bits, {architecture, multiprocessors});
+  const auto plan = qk::cuda::plan_product(g, x_bits, w_bits, learned, {architecture, multiprocessors});
   py::dict result;
   switch (plan.engine) {
     case Engine::kDotProduct:
       result["engine"] = "dot product";
+      return result;
+    case Engine::kPlaneProduct:
+      result["engine"] = "plane product";
       return result;
     case Engine::kDepthwise:
       result["engine"] = "depthwise";
@@ -101,8 +104,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("read_stream", &read_stream, py::arg("source"), py::arg("repeats"), "(begin, end, bytes) of reading a buffer");
   m.def("copy_stream", &copy_stream, py::arg("destination"), py::arg("source"), py::arg("repeats"), py::arg("bypass"),
         "(begin, end, bytes read and written) of copying a buffer; bypass: around the caches where that is possible");
-  m.def("plan", &plan, py::arg("geometry"), py::arg("x_bits"), py::arg("w_bits"), py::arg("architecture"),
-        py::arg("multiprocessors"), "The CUDA kernel of a low-bit product: quantkernels.plan");
+  m.def("plan", &plan, py::arg("geometry"), py::arg("x_bits"), py::arg("w_bits"), py::arg("learned"),
+        py::arg("architecture"), py::arg("multiprocessors"), "The CUDA kernel of a low-bit product: quantkernels.plan");
   m.attr("version") = QK_VERSION;
   m.attr("torch_target") = QK_TORCH_TARGET;
   m.attr("compiler") = QK_COMPILER;

@@ -11,7 +11,6 @@ from torch import Tensor
 from ._dispatch import call
 from ._register import OpRules, rules
 from .matmul import INF, output_dtype
-from .terms import Operand, finish, is_learned, sum_of_products
 
 
 def pair(name: str, value: int | Sequence[int]) -> list[int]:
@@ -62,14 +61,15 @@ def lowbit_conv2d(
 
         y = sa*(sw*D + ow*SA) + oa*(sw*SW + ow*V)        D = sum ca*cw, SA = sum ca, SW = sum cw
 
-    A padded tap has the value 0, which need not be a code of the quantizer, so it contributes to none of the sums.
+    A padded tap has the value 0, which need not be a code of the quantizer, so it contributes to none of the sums, nor
+    to those over bit-planes where a basis is learned.
 
     Args:
         x: [batch, channels, height, width]. float32, float16 or bfloat16 values, encoded by ``x_grid`` (NaN gives code
             0); or uint8 codes. Contiguous and channels_last are read as they are, other layouts copied once.
         planes: int32 [bits, out_channels, words], the packed rows of the output channels, each in (kh, kw,
             in_channels / groups) order: words = ceil(kh * kw * in_channels / groups / 32).
-        w_grid: float32 [1, 3], or [out_channels, 3] with a grid an output channel.
+        w_grid: float32 [1, 3], or [out_channels, 3] with a grid an output channel; 1 + n columns where it is learned.
         kernel_size, stride, dilation: an int or (vertical, horizontal).
         padding: an int, (vertical, horizontal), or (top, bottom, left, right).
         groups: a divisor of x's channels and of out_channels.
@@ -88,14 +88,6 @@ def lowbit_conv2d(
     sizes = pair("kernel_size", kernel_size), pair("stride", stride), four_sides(padding), pair("dilation", dilation)
     geometry: tuple[Any, ...] = (*sizes, groups)
     with torch.no_grad():
-        if is_learned(x_kind, w_kind, out_grid, out_kind):
-            y = sum_of_products(
-                Operand(x, x_grid, x_kind, x_levels),
-                Operand(planes, w_grid, w_kind, w_levels),
-                lambda a, w: lowbit_conv2d(*a, *w, *sizes, groups, out_dtype=torch.float32),
-            )
-            dtype = output_dtype(x, out_grid, out_dtype)
-            return finish(y, 1, bias, scale, shift, lower, upper, out_grid, out_kind, out_levels, dtype)
         return call(
             "lowbit_conv2d",
             x,

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ._dispatch import call
 from ._register import OpRules, rules
-from .terms import Operand, finish, is_learned, sum_of_products
 
 INF = float("inf")
 
@@ -40,23 +39,30 @@ def lowbit_linear(
     The sums are exact integers, each rounded to float32 once; then float32, in this order, nothing fused: ``+ bias``,
     ``* scale + shift``, the clamp to [lower, upper], and the encoding by ``out_grid``.
 
+    A learned basis has a step for each bit of its code. Where an operand's is learned, bit-planes are multiplied, those
+    of the other operand with the steps that its bits have (a uniform one's are step * 2^i)::
+
+        y = sum_ij (sw_i*sa_j)*D_ij + ow*A + oa*(W + ow*K)      A = sum_j sa_j*SA_j, W = sum_i sw_i*SW_i
+
+    from the lowest bit on, the weight's bits outside. D_ij counts the ones that plane i and plane j share, SA_j and
+    SW_i their own.
+
     Args:
         x: [..., in_features]. float32, float16 or bfloat16 values, encoded by ``x_grid`` (NaN gives code 0); or uint8
             codes.
-        x_grid: float32 [1, 3], the row (offset, step, threshold) of the activation's quantizer.
-        x_kind: 0 uniform, 1 binary, 2 ternary, 4 learned: a :class:`~quantkernels.ops.Kind`. A learned basis of n bits,
-            of grid [C, 1 + n], counts as the sum of n binary quantizers: the product is then the sum of those of all
-            pairs of planes, one call of the kernel each, and the epilogue follows in torch.
-        x_levels: the highest code: 2^n - 1 for uniform with n from 1 to 8, 1 for binary, 2 for ternary.
+        x_grid: float32 [1, 3], the row (offset, step, threshold) of the activation's quantizer; of a learned basis
+            [1, 1 + n], the offset and the step of each bit.
+        x_kind: 0 uniform, 1 binary, 2 ternary, 4 learned: a :class:`~quantkernels.ops.Kind`.
+        x_levels: the highest code: 2^n - 1 for uniform and learned with n from 1 to 8, 1 for binary, 2 for ternary.
         planes: int32 [bits, out_features, ceil(in_features / 32)], as ``pack_bitplanes`` makes them from the weight's
             codes.
-        w_grid: float32 [1, 3], or [out_features, 3] with a grid an output channel.
+        w_grid: float32 [1, 3], or [out_features, 3] with a grid an output channel; 1 + n columns where it is learned.
         w_kind, w_levels: as for x.
         bias: float32 [out_features].
         scale, shift: float32 [out_features], both or neither: a folded batch-norm.
         lower, upper: the output is clamped to this range; (0, inf) is ReLU.
-        out_grid: float32 [1, 3]: the output is then the uint8 codes of ``out_kind`` and ``out_levels``, ready for the
-            next layer; they are taken from the float32 result.
+        out_grid: float32 [1, 3] or [1, 1 + n]: the output is then the uint8 codes of ``out_kind`` and ``out_levels``,
+            ready for the next layer; they are taken from the float32 result.
         out_dtype: float32, float16 or bfloat16; default that of x, float32 where x holds codes.
 
     Returns:
@@ -66,14 +72,6 @@ def lowbit_linear(
         RuntimeError: naming the argument, what it must be and what it was.
     """
     with torch.no_grad():
-        if is_learned(x_kind, w_kind, out_grid, out_kind):
-            y = sum_of_products(
-                Operand(x, x_grid, x_kind, x_levels),
-                Operand(planes, w_grid, w_kind, w_levels),
-                lambda a, w: lowbit_linear(*a, *w, out_dtype=torch.float32),
-            )
-            dtype = output_dtype(x, out_grid, out_dtype)
-            return finish(y, -1, bias, scale, shift, lower, upper, out_grid, out_kind, out_levels, dtype)
         return call(
             "lowbit_linear",
             x,

@@ -20,6 +20,7 @@ def plan(
     *,
     x_bits: int,
     w_bits: int,
+    learned: bool = False,
     architecture: int = 90,
     multiprocessors: int = 132,
 ) -> dict[str, Any]:
@@ -30,14 +31,15 @@ def plan(
         out_channels: or out_features.
         kernel_size, stride, padding, dilation, groups: as ``lowbit_conv2d`` takes them.
         x_bits, w_bits: bits of the codes, 1 to 8.
+        learned: whether the basis of an operand is learned, so that pairs of bit-planes are multiplied.
         architecture: the device's compute capability, 80 for 8.0.
         multiprocessors: of the device.
 
     Returns:
-        ``engine``: "dot product" (dp4a, weights streamed once), "depthwise" (direct), "bytes" or "bits" (tensor
-        cores on codes or on bit-planes); for the last two also ``tile`` (output channels, pixels) of a block,
-        ``copy_bytes`` that one copy of the activation moves, ``steps`` of 128 bytes of depth, ``splits`` that share
-        them, and ``blocks`` in all.
+        ``engine``: "dot product" or "plane product" (weights streamed once: dp4a, or popcounts), "depthwise" (direct),
+        "bytes" or "bits" (tensor cores on codes or on bit-planes); for the last two also ``tile`` (output channels,
+        pixels) of a block, ``copy_bytes`` that one copy of the activation moves, ``steps`` of 128 bytes of depth,
+        ``splits`` that share them, and ``blocks`` in all.
 
     Raises:
         ValueError: where the numbers describe no product.
@@ -58,4 +60,4 @@ def plan(
             for size, border, k, s, d in zip(shape[2:], (top + bottom, left + right), kernel, step, spread, strict=True)
         ]
         geometry = [*shape, out_channels, *out, *kernel, *step, top, left, *spread, groups]
-    return _host.plan(geometry, x_bits, w_bits, architecture, multiprocessors)
+    return _host.plan(geometry, x_bits, w_bits, learned, architecture, multiprocessors)

@@ -10,11 +10,12 @@ from .fake_quantize import BINARY, TERNARY, UNIFORM, float_codes
 from .stats import rows_of
 
 WORD = 32
+LEARNED = 4  # codes of a learned basis: planes as those of uniform ones
 
 
 def plane_count(kind: int, levels: int) -> int:
-    """Bits a code: that of `levels` for uniform, 1 for binary, 2 for ternary."""
-    if kind == UNIFORM:
+    """Bits a code: that of `levels` for uniform and learned, 1 for binary, 2 for ternary."""
+    if kind in (UNIFORM, LEARNED):
         return int(levels).bit_length()
     return {BINARY: 1, TERNARY: 2}[kind]
 

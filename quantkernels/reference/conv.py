@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .bitplanes import unpack_bitplanes
-from .matmul import INF, activation_codes, epilogue
+from .matmul import INF, activation_codes, epilogue, exact_sums
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -64,9 +64,8 @@ def lowbit_conv2d(
     channels = x.shape[1] // groups
     out_channels = planes.shape[1]
     rows = unpack_bitplanes(planes, w_kind, kernel[0] * kernel[1] * channels)
-    weight = rows.reshape(out_channels, kernel[0], kernel[1], channels).permute(0, 3, 1, 2).double()
-    codes = activation_codes(x, x_grid, x_kind, x_levels).double()
-    ones = torch.ones_like(codes)
+    weight = rows.reshape(out_channels, kernel[0], kernel[1], channels).permute(0, 3, 1, 2).long()
+    codes = activation_codes(x, x_grid, x_kind, x_levels)
 
     top, bottom, left, right = four_sides(padding)
 
@@ -75,14 +74,10 @@ def lowbit_conv2d(
         result = functional.conv2d(padded, taps, None, pair(stride), 0, pair(dilation), groups)
         return result.round()  # whatever algorithm ran, the exact result is an integer below 2^52
 
-    sums = (
-        convolve(codes, weight),
-        convolve(codes, torch.ones_like(weight)),
-        convolve(ones, weight),
-        convolve(ones, torch.ones_like(weight)),
-    )
+    codings = (x_grid, x_kind, x_levels), (w_grid, w_kind, w_levels)
+    sums, x_unit, w_unit = exact_sums(codes, weight, *codings, 1, convolve)
     if out_dtype is None:
         out_dtype = x.dtype if x.is_floating_point() else torch.float32
     return epilogue(
-        sums, x_grid, w_grid, 1, bias, scale, shift, lower, upper, out_grid, out_kind, out_levels, out_dtype
+        sums, x_unit, w_unit, 1, bias, scale, shift, lower, upper, out_grid, out_kind, out_levels, out_dtype
     )

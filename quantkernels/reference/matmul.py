@@ -2,18 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .bitplanes import encode, unpack_bitplanes
-from .fake_quantize import columns_of, float_codes
+from .bitplanes import LEARNED, encode, plane_bits, unpack_bitplanes
+from .fake_quantize import TERNARY, columns_of, float_codes
+from .learned_basis import learned_basis_encode
 
 INF = float("inf")
+
+Coding = tuple[Tensor, int, int]
+"""grid, kind and levels."""
 
 
 def activation_codes(x: Tensor, grid: Tensor, kind: int, levels: int) -> Tensor:
     """int64 codes of an activation: encoded if it is floating, taken as it is if it holds uint8 codes."""
-    return x.long() if x.dtype == torch.uint8 else encode(x, grid, kind, levels, None).long()
+    if x.dtype == torch.uint8:
+        return x.long()
+    return (learned_basis_encode(x, grid) if kind == LEARNED else encode(x, grid, kind, levels, None)).long()
+
+
+def digits(codes: Tensor, kind: int, levels: int) -> list[Tensor]:
+    """Bits of codes as float64, in the order in which products by planes add them: the least significant first."""
+    planes = plane_bits(codes, kind, levels)
+    return [plane.double() for plane in (planes if kind == TERNARY else reversed(planes))]
+
+
+def digit_steps(grid: Tensor, kind: int, count: int) -> Tensor:
+    """float32 [C, count]: what each bit of a code adds to the value."""
+    if kind == LEARNED:
+        return grid[:, 1:]
+    weights = [1.0 if kind == TERNARY else 2.0**d for d in range(count)]
+    return grid[:, 1:2] * torch.tensor(weights, device=grid.device)
+
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""What multiplies an activation and a weight in float64, the result that of exact integers."""
+
+
+def exact_sums(
+    codes: Tensor, weight: Tensor, x_coding: Coding, w_coding: Coding, channel_axis: int, product: Product
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """D, SA, SW and V, and the grids of activation and weight that go with them.
+
+    Where a basis is learned they are sums over the digits of both codes, which have the steps in them, and the grids
+    have steps of 1. codes and weight: int64, as ``product`` takes them.
+    """
+    ones = torch.ones_like(codes).double(), torch.ones_like(weight).double()
+    count = product(*ones)
+    (x_grid, x_kind, x_levels), (w_grid, w_kind, w_levels) = x_coding, w_coding
+    if LEARNED not in (x_kind, w_kind):
+        a, w = codes.double(), weight.double()
+        return (product(a, w), product(a, ones[1]), product(ones[0], w), count), x_grid, w_grid
+    x_digits, w_digits = digits(codes, x_kind, x_levels), digits(weight, w_kind, w_levels)
+    x_steps, w_steps = digit_steps(x_grid, x_kind, len(x_digits))[0], digit_steps(w_grid, w_kind, len(w_digits))
+    shape = [1] * count.dim()
+    shape[channel_axis] = w_grid.shape[0]
+    dot = activation = weights = torch.zeros_like(count, dtype=torch.float32)
+    for w_digit, w_step in zip(w_digits, w_steps.unbind(1), strict=True):
+        for x_digit, x_step in zip(x_digits, x_steps, strict=True):
+            dot = dot + (w_step * x_step).reshape(shape) * product(x_digit, w_digit).float()
+        weights = weights + w_step.reshape(shape) * product(ones[0], w_digit).float()
+    for x_digit, x_step in zip(x_digits, x_steps, strict=True):
+        activation = activation + x_step * product(x_digit, ones[1]).float()
+    unit = x_grid.new_tensor([0.0, 1.0, 0.0])
+    x_unit, w_unit = (functional.pad(grid[:, :1], (0, 2)) + unit for grid in (x_grid, w_grid))
+    return (dot, activation, weights, count), x_unit, w_unit
 
 
 def epilogue(
@@ -52,6 +109,8 @@ def epilogue(
     y = torch.where(y > upper, upper, y)
     if out_grid is None:
         return y.to(out_dtype)
+    if out_kind == LEARNED:
+        return learned_basis_encode(y, out_grid)
     codes = float_codes(y, out_grid, out_kind, out_levels, None)
     return torch.nan_to_num(codes, nan=0.0).to(torch.uint8)
 
@@ -78,23 +137,26 @@ def lowbit_linear(
     """x [..., features], floating or uint8 codes; planes int32 [bits, out_features, words] -> [...,
     out_features].
 
-    x_grid is float32 [1, 3]; w_grid float32 [1, 3] or [out_features, 3].
+    x_grid is float32 [1, 3]; w_grid float32 [1, 3] or [out_features, 3]; of a learned basis with 1 + bits columns.
     """
     features = x.shape[-1]
-    weight = unpack_bitplanes(planes, w_kind, features).double()
-    codes = activation_codes(x, x_grid, x_kind, x_levels).double()  # float64 holds every sum here exactly
-    dot = codes @ weight.t()
-    activation_sum = codes.sum(-1, keepdim=True).expand_as(dot)
-    weight_sum = weight.sum(1).expand_as(dot)
-    count = torch.full_like(dot, features)
+    weight = unpack_bitplanes(planes, w_kind, features).long()
+    codes = activation_codes(x, x_grid, x_kind, x_levels)
+    sums, x_unit, w_unit = exact_sums(
+        codes,
+        weight,
+        (x_grid, x_kind, x_levels),
+        (w_grid, w_kind, w_levels),
+        codes.dim() - 1,
+        lambda a, w: a @ w.t(),  # float64 holds every sum here exactly
+    )
     if out_dtype is None:
         out_dtype = x.dtype if x.is_floating_point() else torch.float32
-    sums = (dot, activation_sum, weight_sum, count)
     return epilogue(
         sums,
-        x_grid,
-        w_grid,
-        dot.dim() - 1,
+        x_unit,
+        w_unit,
+        codes.dim() - 1,
         bias,
         scale,
         shift,

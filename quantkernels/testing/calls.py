@@ -30,6 +30,7 @@ _WALKS: tuple[tuple[tuple[int, ...], int | None], ...] = (
 )
 _LOWBIT = LowbitProblem((5, 70), 9, x_quantizer=(Kind.UNIFORM, 3), w_quantizer=(Kind.UNIFORM, 15), special=False)
 _WINDOW: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+_LEARNED: dict[str, Any] = {"x_quantizer": (Kind.LEARNED, 3), "w_quantizer": (Kind.LEARNED, 7), "extras": "l"}
 _TWO_BITS: dict[str, Any] = {"w_quantizer": (Kind.UNIFORM, 3)}
 # One for each engine and tile of csrc/cuda/plan.h, and for every way of copying the activation; some split the depth.
 _LINEAR: tuple[dict[str, Any], ...] = (
@@ -38,6 +39,9 @@ _LINEAR: tuple[dict[str, Any], ...] = (
     {"shape": (9, 2100), "out_channels": 20},
     {"shape": (130, 130), "out_channels": 70},
     {"shape": (20, 1408), "out_channels": 20, **_TWO_BITS},
+    {"shape": (1, 70), **_LEARNED},
+    {"shape": (7, 70), **_LEARNED},
+    {"shape": (20, 130), **_LEARNED},
 )
 _CONV: tuple[dict[str, Any], ...] = (
     {"shape": (2, 6, 9, 8)},
@@ -46,6 +50,10 @@ _CONV: tuple[dict[str, Any], ...] = (
     {"shape": (2, 6, 6, 5), "out_channels": 12, "groups": 6, "layout": "channels_last"},
     {"shape": (1, 32, 7, 6), **_TWO_BITS},
     {"shape": (1, 128, 7, 6), "out_channels": 80, **_TWO_BITS},
+    {"shape": (2, 6, 9, 8), **_LEARNED},
+    {"shape": (2, 12, 6, 5), "out_channels": 12, "groups": 12, **_LEARNED},
+    {"shape": (2, 6, 6, 5), "out_channels": 12, "groups": 6, **_LEARNED},
+    {"shape": (1, 128, 7, 6), "layout": "channels_last", **_LEARNED},
 )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ops import Kind
 from ..reference import pack_bitplanes
+from ..reference.learned_basis import levels_of_grid
 from .inputs import lay_out, make_grid, make_values
 
 INF = float("inf")
@@ -22,7 +23,7 @@ class LowbitProblem:
 
     ``dtype`` uint8 gives x as codes. ``special``: NaN, infinities and degenerate grids among the inputs, hence NaN
     among the outputs. ``extras`` are the optional parts of the epilogue: letters of b(ias), s(cale and shift), c(lamp),
-    o(utput codes).
+    o(utput codes), l(earned output codes).
     """
 
     shape: tuple[int, ...]
@@ -43,7 +44,7 @@ class LowbitProblem:
 
     def __str__(self) -> str:
         def quantizer(kind: int, levels: int) -> str:
-            return Kind(kind).name.lower() + (str(levels) if kind == Kind.UNIFORM else "")
+            return Kind(kind).name.lower() + (str(levels) if kind in (Kind.UNIFORM, Kind.LEARNED) else "")
 
         def joined(numbers: tuple[int, ...]) -> str:
             return "x".join(map(str, numbers))
@@ -79,13 +80,23 @@ class LowbitProblem:
 
     def _grid(self, channels: int, quantizer: tuple[int, int], generator: torch.Generator) -> Tensor:
         kind, levels = quantizer
+        if kind == Kind.LEARNED:
+            return self._learned_grid(channels, levels.bit_length(), generator)
         if self.special or kind != Kind.UNIFORM:
             return make_grid(channels, kind, generator)
         low, high = torch.rand(2, channels, generator=generator)
         return torch.stack((-low, (low + high) / levels, torch.zeros(channels)), 1)
 
+    def _learned_grid(self, channels: int, bits: int, generator: torch.Generator) -> Tensor:
+        steps = 0.2 * 2.0 ** torch.arange(bits) * (0.5 + torch.rand(channels, bits, generator=generator))
+        if self.special:
+            steps[2::7] *= -1
+            steps[3::7] = 0.0
+            steps[5::7] = 3e38
+        return torch.cat((torch.randn(channels, 1, generator=generator), steps), 1)
+
     def x_grid(self) -> Tensor:
-        """float32 [1, 3]."""
+        """float32 [1, 3], of a learned basis [1, 1 + bits]."""
         return self._grid(1, self.x_quantizer, self.generator("x_grid"))
 
     def x(self) -> Tensor:
@@ -93,12 +104,24 @@ class LowbitProblem:
         generator = self.generator("x")
         if self.dtype == torch.uint8:
             values = torch.randint(levels + 1, self.shape, generator=generator, dtype=torch.uint8)
+        elif kind == Kind.LEARNED:
+            values = self._learned_values(generator).to(self.dtype)
         else:
             values = make_values(self.shape, self.x_grid(), kind, levels, None, self.special, generator).to(self.dtype)
         return lay_out(values, self.layout)
 
+    def _learned_values(self, generator: torch.Generator) -> Tensor:
+        """At ties between levels, at levels, anywhere; with ``special`` not all finite."""
+        levels = levels_of_grid(self.x_grid())[0].sort().values
+        chosen = torch.cat(
+            (levels, (levels[1:] + levels[:-1]) * 0.5, torch.randn(len(levels), generator=generator) * 3)
+        )
+        if self.special:
+            chosen = torch.cat((chosen, torch.tensor([INF, -INF, float("nan")])))
+        return chosen[torch.randint(len(chosen), self.shape, generator=generator)]
+
     def w_grid(self) -> Tensor:
-        """float32 [1, 3] or [out_channels, 3]."""
+        """float32 [1, 3] or [out_channels, 3], of a learned basis with 1 + bits columns."""
         channels = self.out_channels if self.per_channel else 1
         return self._grid(channels, self.w_quantizer, self.generator("w_grid"))
 
@@ -117,6 +140,8 @@ class LowbitProblem:
         folded = (scale, shift) if "s" in self.extras else (None, None)
         clamp = (0.0, 1.5) if "c" in self.extras else (-INF, INF)
         codes = (torch.tensor([[-0.25, 0.125, 0.0]]), int(Kind.UNIFORM), 15) if "o" in self.extras else (None, 0, 0)
+        if "l" in self.extras:
+            codes = torch.tensor([[-0.5, 2.0, 0.75, 0.3]]), int(Kind.LEARNED), 7
         return bias if "b" in self.extras else None, *folded, *clamp, *codes, self.out_dtype
 
     def arguments(self, device: str = "cpu") -> list[Any]:

@@ -29,6 +29,7 @@ UNIFORM = tl.constexpr(0)
 BINARY = tl.constexpr(1)
 TERNARY = tl.constexpr(2)
 IDENTITY = tl.constexpr(3)
+LEARNED = tl.constexpr(4)
 CLIP_STE = tl.constexpr(1)
 FULL_STE = tl.constexpr(2)
 

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._checks import check, check_float, check_quantizer, parameters
-from ._tiles import EXACT, TERNARY, code_of, load_float, load_grid, multiply_add, store_rounded
+from ._tiles import EXACT, LEARNED, TERNARY, code_of, load_float, load_grid, multiply_add, store_rounded
+from .learned_basis import learned_basis_encode
 
 _BLOCK_ROWS = 32
 _BLOCK_COLUMNS = 32
@@ -39,11 +40,75 @@ def weight_tile(planes, plane_stride, word, bit, inside, KIND: tl.constexpr, BIT
 
 
 @triton.jit
+def tile_sums(
+    x,
+    x_grid,
+    planes,
+    row,
+    column,
+    rows,
+    columns,
+    words,
+    x_digit,
+    w_digit,
+    DEPTH: tl.constexpr,
+    X_KIND: tl.constexpr,
+    X_LEVELS: tl.constexpr,
+    X_CODES: tl.constexpr,
+    W_KIND: tl.constexpr,
+    W_BITS: tl.constexpr,
+    X_SHIFT: tl.constexpr,
+    W_SHIFT: tl.constexpr,
+    WIDE: tl.constexpr,
+    DIGITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """D, SA and SW of a tile, int64: of codes, or where DIGITS of one digit of each."""
+    dot = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int64 if WIDE else tl.int32)
+    row_sum = tl.zeros([BLOCK_ROWS, 1], tl.int64)
+    column_sum = tl.zeros([1, BLOCK_COLUMNS], tl.int64)
+    for start in range(0, DEPTH, BLOCK_DEPTH):
+        across = start + tl.arange(0, BLOCK_DEPTH)[None, :]
+        down = start + tl.arange(0, BLOCK_DEPTH)[:, None]
+        row_inside = (row < rows) & (across < DEPTH)
+        column_inside = (down < DEPTH) & (column < columns)
+        codes = activation_tile(x + row * DEPTH + across, row_inside, x_grid, X_KIND, X_LEVELS, X_CODES)
+        word, bit = column * words + down // 32, down % 32
+        if DIGITS:
+            codes = (codes > x_digit).to(tl.int32) if X_KIND == TERNARY else (codes >> x_digit) & 1
+            plane = w_digit if W_KIND == TERNARY else W_BITS - 1 - w_digit
+            weights = (tl.load(planes + plane * columns * words + word, mask=column_inside, other=0) >> bit) & 1
+        else:
+            weights = weight_tile(planes, columns * words, word, bit, column_inside, W_KIND, W_BITS)
+        row_sum += tl.sum(codes, axis=1, keep_dims=True).to(tl.int64)
+        column_sum += tl.sum(weights, axis=0, keep_dims=True).to(tl.int64)
+        a = tl.where(row_inside, codes - X_SHIFT, 0).to(tl.int8)
+        b = tl.where(column_inside, weights - W_SHIFT, 0).to(tl.int8)
+        part = tl.dot(a, b, out_dtype=tl.int32)
+        dot += part.to(tl.int64) if WIDE else part
+    products = dot.to(tl.int64) + W_SHIFT * row_sum + X_SHIFT * column_sum - X_SHIFT * W_SHIFT * DEPTH
+    return products, row_sum, column_sum
+
+
+@triton.jit
+def digit_step(row, inside, digit, KIND: tl.constexpr):
+    """What a digit that is set adds to the value, for rows of a grid."""
+    if KIND == LEARNED:
+        return tl.load(row + 1 + digit, mask=inside, other=0.0)
+    step = tl.load(row + 1, mask=inside, other=0.0)
+    if KIND == TERNARY:
+        return step
+    return step * (tl.full(step.shape, 1, tl.int32) << digit).to(tl.float32)
+
+
+@triton.jit
 def lowbit_linear_kernel(
     x,  # [rows, DEPTH]: floats, or uint8 codes
-    x_grid,  # [1, 3]
+    x_grid,  # [1, 3 or 1 + X_BITS]
     planes,  # [W_BITS, columns, words]
-    w_grid,  # [1 or columns, 3]
+    w_grid,  # [1 or columns, W_COLUMNS]
     bias,  # [columns] or None
     scale,  # [columns] or None
     shift,  # [columns] or None
@@ -60,6 +125,9 @@ def lowbit_linear_kernel(
     X_CODES: tl.constexpr,
     W_KIND: tl.constexpr,
     W_BITS: tl.constexpr,
+    X_BITS: tl.constexpr,
+    W_COLUMNS: tl.constexpr,
+    DIGITS: tl.constexpr,
     W_PER_CHANNEL: tl.constexpr,
     OUT_KIND: tl.constexpr,
     OUT_LEVELS: tl.constexpr,
@@ -74,37 +142,45 @@ def lowbit_linear_kernel(
 
     Tensor cores multiply signed bytes, codes go to 255: codes of 8 bits are multiplied less 128, and
     sum (ca - s)(cw - t) = D - t*SA - s*SW + s*t*V gives D back, exactly.
+
+    DIGITS (a basis is learned): one product of each pair of digits, added up with their steps.
     """
     blocks = tl.cdiv(columns, BLOCK_COLUMNS)
     row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     column = (tl.program_id(0) % blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    dot = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.int64 if WIDE else tl.int32)
-    row_sum = tl.zeros([BLOCK_ROWS, 1], tl.int64)
-    column_sum = tl.zeros([1, BLOCK_COLUMNS], tl.int64)
-    for start in range(0, DEPTH, BLOCK_DEPTH):
-        across = start + tl.arange(0, BLOCK_DEPTH)[None, :]
-        down = start + tl.arange(0, BLOCK_DEPTH)[:, None]
-        row_inside = (row < rows) & (across < DEPTH)
-        column_inside = (down < DEPTH) & (column < columns)
-        codes = activation_tile(x + row * DEPTH + across, row_inside, x_grid, X_KIND, X_LEVELS, X_CODES)
-        weights = weight_tile(
-            planes, columns * words, column * words + down // 32, down % 32, column_inside, W_KIND, W_BITS
-        )
-        row_sum += tl.sum(codes, axis=1, keep_dims=True).to(tl.int64)
-        column_sum += tl.sum(weights, axis=0, keep_dims=True).to(tl.int64)
-        a = tl.where(row_inside, codes - X_SHIFT, 0).to(tl.int8)
-        b = tl.where(column_inside, weights - W_SHIFT, 0).to(tl.int8)
-        part = tl.dot(a, b, out_dtype=tl.int32)
-        dot += part.to(tl.int64) if WIDE else part
-    products = dot.to(tl.int64) + W_SHIFT * row_sum + X_SHIFT * column_sum - X_SHIFT * W_SHIFT * DEPTH
-
     inside = (row < rows) & (column < columns)
     there = column < columns
-    x_offset, x_step, _, _ = load_grid(x_grid, 0, 1)
-    w_row = column if W_PER_CHANNEL else tl.zeros_like(column)
-    w_offset, w_step, _, _ = load_grid(w_grid, w_row, columns)
-    by_activation = w_step * products.to(tl.float32) + w_offset * row_sum.to(tl.float32)
-    by_offset = w_step * column_sum.to(tl.float32) + w_offset * tl.full(column.shape, DEPTH, tl.float32)
+    w_row = w_grid + (column if W_PER_CHANNEL else tl.zeros_like(column)) * W_COLUMNS
+    x_offset = tl.load(x_grid)
+    w_offset = tl.load(w_row, mask=there, other=0.0)
+    if DIGITS:
+        x_step = 1.0
+        by_activation = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        activations = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+        weights = tl.zeros([1, BLOCK_COLUMNS], tl.float32)
+        for i in range(W_BITS):
+            w_step = digit_step(w_row, there, i, W_KIND)
+            for j in range(X_BITS):
+                products, row_sum, column_sum = tile_sums(
+                    x, x_grid, planes, row, column, rows, columns, words, j, i, DEPTH, X_KIND, X_LEVELS, X_CODES,
+                    W_KIND, W_BITS, 0, 0, WIDE, True, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+                )  # fmt: skip
+                own_step = digit_step(x_grid, True, j, X_KIND)
+                by_activation += (w_step * own_step) * products.to(tl.float32)
+                if i == 0:
+                    activations += own_step * row_sum.to(tl.float32)
+                if j == 0:
+                    weights += w_step * column_sum.to(tl.float32)
+        by_activation += w_offset * activations
+        by_offset = weights + w_offset * tl.full(column.shape, DEPTH, tl.float32)
+    else:
+        products, row_sum, column_sum = tile_sums(
+            x, x_grid, planes, row, column, rows, columns, words, 0, 0, DEPTH, X_KIND, X_LEVELS, X_CODES, W_KIND,
+            W_BITS, X_SHIFT, W_SHIFT, WIDE, False, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        )  # fmt: skip
+        x_step, w_step = tl.load(x_grid + 1), tl.load(w_row + 1, mask=there, other=0.0)
+        by_activation = w_step * products.to(tl.float32) + w_offset * row_sum.to(tl.float32)
+        by_offset = w_step * column_sum.to(tl.float32) + w_offset * tl.full(column.shape, DEPTH, tl.float32)
     y = x_step * by_activation + x_offset * by_offset
     if bias is not None:
         y = y + tl.load(bias + column, mask=there, other=0.0)
@@ -120,6 +196,16 @@ def lowbit_linear_kernel(
         tl.store(place, tl.where(code != code, 0.0, code).to(tl.uint8), mask=inside)
     else:
         store_rounded(place, y, inside)
+
+
+def coded(op: str, kind: int, levels: int) -> tuple[int, int]:
+    """Bits of a quantizer's codes, and columns of its grid."""
+    if kind != LEARNED.value:
+        check_quantizer(op, kind, levels)
+        return 2 if kind == TERNARY.value else levels.bit_length(), 3
+    fits = 1 <= levels <= 255 and levels & (levels + 1) == 0
+    check(fits, op, "levels", "2^n - 1 with n from 1 to 8 for a learned basis", levels)
+    return levels.bit_length(), 1 + levels.bit_length()
 
 
 def lowbit_linear(
@@ -143,14 +229,12 @@ def lowbit_linear(
 ) -> Tensor:
     """``quantkernels.ops.lowbit_linear``."""
     op = "lowbit_linear"
-    codes = x.dtype == torch.uint8
-    if not codes:
+    if x.dtype != torch.uint8:
         check_float(op, "x", x)
     check(x.dim() >= 1, op, "x", "of at least one dimension", list(x.shape))
-    check_quantizer(op, x_kind, x_levels)
-    check_quantizer(op, w_kind, w_levels)
+    x_bits, x_columns = coded(op, x_kind, x_levels)
+    bits, w_columns = coded(op, w_kind, w_levels)
     depth = x.shape[-1]
-    bits = 2 if w_kind == 2 else w_levels.bit_length()
     words = triton.cdiv(depth, 32)
     check(planes.dtype == torch.int32, op, "planes", "Int", planes.dtype)
     shape = f"of shape [{bits}, out_features, {words}]"
@@ -158,18 +242,26 @@ def lowbit_linear(
     check(fits, op, "planes", shape, list(planes.shape))
     columns = planes.shape[1]
     per_channel = w_grid.dim() == 2 and w_grid.shape[0] == columns and columns != 1
-    x_grid = parameters(op, "x_grid", x_grid, x, 1, 3)
-    w_grid = parameters(op, "w_grid", w_grid, x, columns if per_channel else 1, 3)
+    x_grid = parameters(op, "x_grid", x_grid, x, 1, x_columns)
+    w_grid = parameters(op, "w_grid", w_grid, x, columns if per_channel else 1, w_columns)
     vectors = [
         None if v is None else parameters(op, name, v, x, columns)
         for name, v in (("bias", bias), ("scale", scale), ("shift", shift))
     ]
     if out_grid is not None:
-        check_quantizer(op, out_kind, out_levels)
-        out_grid = parameters(op, "out_grid", out_grid, x, 1, 3)
+        out_grid = parameters(op, "out_grid", out_grid, x, 1, coded(op, out_kind, out_levels)[1])
+        if out_kind == LEARNED.value:
+            y = lowbit_linear(
+                x, x_grid, x_kind, x_levels, planes, w_grid, w_kind, w_levels, bias, scale, shift, lower, upper,
+                None, 0, 0, torch.float32,
+            )  # fmt: skip
+            return learned_basis_encode(y, out_grid, None)
         out_dtype = torch.uint8
     elif out_dtype is None:
-        out_dtype = torch.float32 if codes else x.dtype
+        out_dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
+    if x_kind == LEARNED.value and x.dtype != torch.uint8:
+        x = learned_basis_encode(x, x_grid, None)
+    codes = x.dtype == torch.uint8
     x, planes = x.contiguous(), planes.contiguous()
     out = x.new_empty((*x.shape[:-1], columns), dtype=out_dtype)
     if out.numel() == 0:
@@ -194,6 +286,9 @@ def lowbit_linear(
         X_CODES=codes,
         W_KIND=w_kind,
         W_BITS=bits,
+        X_BITS=x_bits,
+        W_COLUMNS=w_columns,
+        DIGITS=LEARNED.value in (x_kind, w_kind),
         W_PER_CHANNEL=per_channel,
         OUT_KIND=out_kind,
         OUT_LEVELS=out_levels,

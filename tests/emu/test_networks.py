@@ -23,6 +23,30 @@ NETWORKS = {
 }
 
 
+def packed_learned(name: str, bits: int) -> tuple[nn.Module, nn.Module]:
+    """A network with the bases that QEM fits in a few training forwards, and the same packed."""
+    torch.manual_seed(8)
+    model = models.build_model(name, 10)
+    qk.prepare(model, weight=qk.LearnedBasis(bits, axis=0), activation=qk.LearnedBasis(bits), skip=qk.first_and_last)
+    for _ in range(3):
+        model.train()(torch.rand(8, 3, 8, 8))
+    return model.eval(), qk.convert(model, fold=False)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_packed_network_of_lq_nets(bits: int) -> None:
+    """Equal to the network in eval, which computes on codes as well, and on both backends."""
+    model, packed = packed_learned("resnet20", bits)
+    assert sum(isinstance(m, PackedLayer) for m in packed.modules()) >= 18
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = model(images)
+    assert_bit_equal(packed(images), expected)
+    with EMU.chosen():
+        logits = packed(images)
+    assert expected[0].unique().numel() == 10 and expected.isfinite().all()
+    assert_bit_equal(logits, expected)
+
+
 def packed(name: str, options: dict[str, object], w_bits: int, a_bits: int) -> nn.Module:
     """Batch-norms have statistics of their own, so that they fold into something."""
     torch.manual_seed(7)

@@ -59,6 +59,28 @@ SHAPES: dict[tuple[Any, ...], list[dict[str, Any]]] = {
         {"shape": (1, 96, 6, 6), "out_channels": 20, "kernel": (11, 11), "padding": (5,) * 4}
     ],
 }
+# The same where a basis is learned: planes always, and no tile of 128 by 128.
+LEARNED_SHAPES: dict[tuple[Any, ...], list[dict[str, Any]]] = {
+    ("plane product",): [{"shape": (1, 300), "out_channels": 70}, {"shape": (7, 1100), "out_channels": 5}],
+    ("depthwise",): SHAPES[("depthwise",)],
+    ("bits", (128, 32), 16, False): [{"shape": (9, 1408), "out_channels": 150}],
+    ("bits", (64, 128), 16, False): [
+        {"shape": (150, 128), "out_channels": 140},
+        {"shape": (1, 128, 7, 6), "out_channels": 70, **CONV},
+        {"shape": (1, 256, 8, 9), "out_channels": 20, "groups": 2, **CONV},
+    ],
+    ("bits", (64, 128), 4, False): [
+        {"shape": (150, 200), "out_channels": 80},
+        {"shape": (1, 3, 17, 13), "out_channels": 70, "kernel": (5, 3), "padding": (2, 2, 0, 3), "stride": (2, 2)},
+        {"shape": (1, 50, 9, 7), "out_channels": 15, "groups": 5, **CONV, "dilation": (2, 1)},
+        {"shape": (1, 75, 5, 6), "out_channels": 20, **CONV},
+    ],
+}
+LEARNED = [
+    ((Kind.LEARNED, 3), (Kind.LEARNED, 3)),
+    ((Kind.LEARNED, 7), (Kind.TERNARY, 2)),
+    ((Kind.UNIFORM, 15), (Kind.LEARNED, 1)),
+]
 BYTES = [((Kind.UNIFORM, 255), (Kind.UNIFORM, 15)), ((Kind.UNIFORM, 7), (Kind.TERNARY, 2))]
 BITS = [
     ((Kind.UNIFORM, 1), (Kind.BINARY, 1)),
@@ -71,6 +93,11 @@ CASES = [
     for expected, shapes in SHAPES.items()
     for shape in shapes
     for x_quantizer, w_quantizer in (BITS if expected[0] == "bits" else BYTES)
+] + [
+    (expected, shape, x_quantizer, w_quantizer)
+    for expected, shapes in LEARNED_SHAPES.items()
+    for shape in shapes
+    for x_quantizer, w_quantizer in LEARNED
 ]
 
 
@@ -87,6 +114,7 @@ def planned(problem: LowbitProblem) -> dict[str, Any]:
         *(geometry if problem.kernel else ()),
         x_bits=bits_of(problem.x_quantizer),
         w_bits=bits_of(problem.w_quantizer),
+        learned=Kind.LEARNED in (problem.x_quantizer[0], problem.w_quantizer[0]),
         multiprocessors=MULTIPROCESSORS,
     )
 
@@ -119,6 +147,7 @@ def test_every_engine_and_tile(expected, shape, x_quantizer, w_quantizer, rest) 
 
 
 ALL_BITS = [*((Kind.UNIFORM, 2**bits - 1) for bits in range(1, 9)), (Kind.BINARY, 1), (Kind.TERNARY, 2)]
+LEARNED_BITS = [(Kind.LEARNED, 2**bits - 1) for bits in (1, 2, 3, 8)]
 
 
 @pytest.mark.parametrize("w_quantizer", ALL_BITS, ids=str)
@@ -158,7 +187,7 @@ def test_floats_that_lie_right_become_planes_in_one_pass(shape, x_quantizer, dty
     assert_bit_equal(run(problem, EMU.ops), run(problem, torch.ops.quantkernels))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_any_product_is_that_of_the_cpu(data: st.DataObject) -> None:
     def draw(strategy: st.SearchStrategy[Any]) -> Any:
@@ -178,11 +207,11 @@ def test_any_product_is_that_of_the_cpu(data: st.DataObject) -> None:
         tuple(p + 1 for p in padding),  # the dilated kernel fits
         dilation,
         groups,
-        draw(st.sampled_from(ALL_BITS)),
-        draw(st.sampled_from(ALL_BITS)),
+        draw(st.sampled_from(ALL_BITS + LEARNED_BITS)),
+        draw(st.sampled_from(ALL_BITS + LEARNED_BITS)),
         draw(st.sampled_from([torch.float32, torch.uint8])),
         draw(st.sampled_from(["contiguous", "channels_last"])),
-        extras=draw(st.sampled_from(["", "bs", "o"])),
+        extras=draw(st.sampled_from(["", "bs", "o", "l"])),
     )
     assert_bit_equal(run(problem, EMU.ops), run(problem, torch.ops.quantkernels))
 
@@ -207,6 +236,10 @@ BANKS = {
     "bits-128x128": LowbitProblem((130, 2048), 130, x_quantizer=(0, 3), w_quantizer=(0, 3), dtype=torch.uint8),
     "bits-128x32": LowbitProblem((10, 2048), 130, x_quantizer=(0, 3), w_quantizer=(0, 3), dtype=torch.uint8),
     "bits-words": LowbitProblem((1, 96, 9, 9), 40, **CONV, x_quantizer=(0, 3), w_quantizer=(0, 3), dtype=torch.uint8),
+    "learned-64x128": LowbitProblem(
+        (130, 2048), 130, x_quantizer=(4, 3), w_quantizer=(4, 3), special=False, dtype=torch.uint8
+    ),
+    "learned-channels-first": LowbitProblem((1, 128, 12, 11), 70, (1, 1), x_quantizer=(4, 1), w_quantizer=(4, 1)),
     "channels-first": LowbitProblem((1, 128, 12, 11), 130, (1, 1), dtype=torch.uint8),
 }
 

@@ -212,9 +212,9 @@ COMPLAINTS = {
     ),
     "x-scalar": ({"x": torch.zeros(())}, r"x must be of shape \[..., in_features\], got \[\]"),
     "x_grid": ({"x_grid": GRID.repeat(2, 1)}, r"x_grid must be of shape \[1, 3\], got \[2, 3\]"),
-    "x_kind": ({"x_kind": 3}, r"x_kind must be 0 \(uniform\), 1 \(binary\), 2 \(ternary\), got 3"),
+    "x_kind": ({"x_kind": 3}, r"x_kind must be 0 \(uniform\), 1 \(binary\), 2 \(ternary\), 4 \(learned\), got 3"),
     "x_levels": ({"x_levels": 5}, r"x_levels must be 2\^n - 1 with n from 1 to 8 for a uniform quantizer, got 5"),
-    "w_kind": ({"w_kind": -1}, r"w_kind must be 0 \(uniform\), 1 \(binary\), 2 \(ternary\), got -1"),
+    "w_kind": ({"w_kind": -1}, r"w_kind must be 0 \(uniform\), 1 \(binary\), 2 \(ternary\), 4 \(learned\), got -1"),
     "w_levels": ({"w_kind": 2}, "w_levels must be 2 for a ternary quantizer, got 3"),
     "planes-type": ({"planes": torch.zeros(2, 4, 2)}, "planes must be Int, got Float"),
     "planes-dim": (

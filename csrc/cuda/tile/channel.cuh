@@ -58,7 +58,8 @@ void with_kind(Kind kind, const F& f) {
     case Kind::kTernary:
       return f.template operator()<Kind::kTernary>();
     case Kind::kIdentity:
-      return;  // refused by csrc/ops
+    case Kind::kLearned:
+      return;  // refused by csrc/ops, or of another family
   }
 }
 

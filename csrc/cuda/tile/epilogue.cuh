@@ -1,11 +1,12 @@
 #pragma once
 // From exact sums to the output, for every kernel of the low-bit products: the formulas of core/algebra.h in their order, so
-// the floats are those of the CPU. A combination of plane pairs by a learned basis would take the place of data_term.
+// the floats are those of the CPU. Sums over pairs of planes come with their steps in them.
 
 #include "core/algebra.h"
 #include "core/window.h"
 #include "cuda/tile/channel.cuh"
 #include "cuda/tile/element.cuh"
+#include "cuda/tile/levels.cuh"
 
 namespace qk::cuda {
 
@@ -14,9 +15,13 @@ struct OutputChannel {
   float step, offset, bias, scale, shift;
 };
 
+__device__ __forceinline__ const float* weight_grid(const EpilogueArgs& e, int64_t channel) {
+  return e.w_grid + (e.w_per_channel ? channel * e.w_columns : 0);
+}
+
 __device__ __forceinline__ OutputChannel load_output_channel(const EpilogueArgs& e, int64_t channel) {
-  const float* const grid = e.w_grid + (e.w_per_channel ? channel * kGridColumns : 0);
-  return {grid[1], grid[0], e.bias ? e.bias[channel] : 0.0f, e.scale ? e.scale[channel] : 0.0f,
+  const float* const grid = weight_grid(e, channel);
+  return {e.plane_pairs ? 1.0f : grid[1], grid[0], e.bias ? e.bias[channel] : 0.0f, e.scale ? e.scale[channel] : 0.0f,
           e.shift ? e.shift[channel] : 0.0f};
 }
 
@@ -28,8 +33,8 @@ struct OutputGrid {
 };
 
 __device__ __forceinline__ OutputGrid load_output_grid(const EpilogueArgs& e) {
-  OutputGrid grid{{}, static_cast<float>(e.out_levels), e.x_grid[1]};
-  if (e.out_grid) grid.codes = load_channel(e.out_grid, 0);
+  OutputGrid grid{{}, static_cast<float>(e.out_levels), e.plane_pairs ? 1.0f : e.x_grid[1]};
+  if (e.out_grid && e.out_kind != Kind::kLearned) grid.codes = load_channel(e.out_grid, 0);
   return grid;
 }
 
@@ -55,9 +60,23 @@ __device__ __forceinline__ void store_as(void* out, int64_t at, const float (&y)
 }
 
 // The first `count` of kSize neighbours in the output, from element `at` on; whole: all of them, at a multiple of kSize.
-template <int kSize>
+// kLearned: codes of a learned basis, too, which the others have no registers for (run_learned in lowbit.cu).
+template <bool kLearned, int kSize>
 __device__ __forceinline__ void store_output(const EpilogueArgs& e, const OutputGrid& grid, void* out, int64_t at,
                                              float (&y)[kSize], int count, bool whole) {
+  if (kLearned && e.out_grid && e.out_kind == Kind::kLearned) {  // the table of its levels has taken the grid's place
+    const int bits = bits_of(e.out_kind, e.out_levels);
+    int node[kSize];
+#pragma unroll
+    for (int& own : node) own = 1;
+#pragma unroll 1  // one walk down for all, not one after the other: registers
+    for (int depth = 0; depth < bits; ++depth)
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) node[i] = child_of(e.out_grid, node[i], y[i]);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) y[i] = static_cast<float>(code_at(e.out_grid, bits, node[i]));
+    return store_as<uint8_t>(out, at, y, count, whole);
+  }
   if (e.out_grid) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) y[i] = encode(e.out_kind, y[i], grid.codes.grid, grid.codes.inverse, grid.levels);
@@ -103,7 +122,7 @@ __device__ __forceinline__ OutputPixel output_pixel(const LowbitArgs& args, int6
 //   OutputPixel pixel(int p) const                       p < kPixels
 //   void dots(int p, int c, int count, float* d) const   of four neighbours, `count` of them asked for: channels from c on
 //                                                        if channels are neighbours in the output, else pixels from p on
-template <int kPixels, int kChannels, int kThreadCount, class Source>
+template <bool kLearned, int kPixels, int kChannels, int kThreadCount, class Source>
 __device__ __forceinline__ void finish_part(const LowbitArgs& args,
                                             const float* __restrict__ window_terms,  // [classes, out_channels]
                                             const Source& source, int pixels, int64_t first_channel, int channels) {
@@ -129,7 +148,7 @@ __device__ __forceinline__ void finish_part(const LowbitArgs& args,
 #pragma unroll
       for (int i = 0; i < kPack; ++i)
         if (i < count) y[i] = finish_sums(e, grid, own[i], y[i], pixel.activations, window[i]);
-      store_output(e, grid, args.out, pixel.at + first_channel + c0, y, count, whole);
+      store_output<kLearned>(e, grid, args.out, pixel.at + first_channel + c0, y, count, whole);
     }
   } else {
     constexpr int kPacks = kPixels / kPack;
@@ -152,12 +171,12 @@ __device__ __forceinline__ void finish_part(const LowbitArgs& args,
                              window_terms[own[i].window_class * all_channels + first_channel + c]);
       const int64_t shift = (first_channel + c) * channel_stride;
       if (run) {
-        store_output(e, grid, args.out, own[0].at + shift, y, count, (own[0].at + shift) % kPack == 0);
+        store_output<kLearned>(e, grid, args.out, own[0].at + shift, y, count, (own[0].at + shift) % kPack == 0);
       } else {
 #pragma unroll
         for (int i = 0; i < kPack; ++i) {
           float one[1] = {y[i]};
-          if (i < count) store_output(e, grid, args.out, own[i].at + shift, one, 1, false);
+          if (i < count) store_output<kLearned>(e, grid, args.out, own[i].at + shift, one, 1, false);
         }
       }
     }
