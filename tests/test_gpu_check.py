@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import render_gpu
 from quantkernels.testing import OPS, calls
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,17 @@ def test_dry_run_of_the_benchmarks(tmp_path: Path) -> None:
     for entry in detail["results"].values():
         assert entry["seconds"] > 0 and entry["of_copy"] > 0
     assert any(entry.get("eager") and entry["step"]["eager"] for entry in detail["results"].values() if "step" in entry)
+
+    (report_path,), page = tmp_path.glob("gpu-check-*.json"), tmp_path / "page.md"
+    render_gpu.main([str(report_path), "--out", str(page)])
+    text = page.read_text()
+    for expected in ("a dry run", "W2A2, M = 20", "resnet18, batch 2, W4A8", "DQA weights, 4 images", "encode-65536-"):
+        assert expected in text, expected
+    other = {**report, "machine": {"gpu": "another"}}
+    with pytest.raises(ValueError, match="must be of one machine"):
+        render_gpu.page([report, other])
+    with pytest.raises(ValueError, match="none with results"):
+        render_gpu.page([{"machine": {}, "steps": []}])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

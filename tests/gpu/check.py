@@ -38,7 +38,7 @@ PARTS = ("build+tests", "sanitize", "bench", *(f"bench-{name}" for name in BENCH
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Folders of the op tests come first: they take longest.
 TESTS = ("tests/ops/test_*.py", "tests/gpu/test_*.py", "tests/nn/test_backends.py", "tests/quantizers/test_encode.py")
-MODULES = ("torch", "setuptools", "pybind11", "pytest", "numpy")
+MODULES = ("torch", "setuptools", "pybind11", "pytest", "numpy", "safetensors")
 ENDING = 30  # seconds that a benchmark may take to end what it began, and to start
 TABLE = 40  # lines of its table that are shown; the log has all
 NO_TESTS = 5  # pytest's exit status where a file has none for the backend
