@@ -92,18 +92,15 @@ class ChannelTable {
       : entries_(walk.by_columns ? (walk.period + kLanes - 1) / kLanes * kLanes : layout.channels),
         values_(fields * entries_) {
     std::vector<float> one(fields);
+    const int64_t width = walk.by_columns ? layout.inner : 1, row = layout.channels * width;
     for (int64_t c = 0; c < layout.channels; ++c) {
       fill(c, one.data());
-      for (int f = 0; f < fields; ++f) {
-        float* const row = &values_[f * entries_];
-        if (!walk.by_columns) {
-          row[c] = one[f];
-        } else {
-          for (int64_t at = c * layout.inner; at < walk.period; at += layout.channels * layout.inner)
-            std::fill_n(row + at, layout.inner, one[f]);
-        }
-      }
+      for (int f = 0; f < fields; ++f) std::fill_n(&values_[f * entries_ + c * width], width, one[f]);
     }
+    if (!walk.by_columns) return;
+    for (int f = 0; f < fields; ++f)
+      for (int64_t at = row; at < walk.period; at += row)
+        std::copy_n(&values_[f * entries_], row, &values_[f * entries_ + at]);
   }
 
   Vec of_channel(int field, int64_t c) const { return splat(values_[field * entries_ + c]); }
