@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import time
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
@@ -102,7 +103,9 @@ def test_unknown_option_of_the_command():
 
 def test_interrupt_says_how_to_go_on(recipe, tmp_path, environment, python):
     command = [python, "-m", "training", "run", recipe, "--set", "run.epochs=1000"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    pipe = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": heeded}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipe)
     end = time.monotonic() + 300
     while not list(tmp_path.glob("runs/tiny/checkpoint-*")):
         assert time.monotonic() < end and process.poll() is None
