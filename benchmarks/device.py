@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -84,7 +85,7 @@ def draw(seed: int, device: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-class Record:
+class Record(ABC):
     """One run: its results so far, the limits they are judged by, and the time that is left."""
 
     def __init__(self, out: Path, seconds: float, quick: bool) -> None:
@@ -95,13 +96,13 @@ class Record:
         self.results: dict[str, dict[str, Any]] = {}
         self.left_out: list[str] = []
 
+    @abstractmethod
     def go(self) -> None:
         """Measure everything, what is worth most first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lines(self) -> Iterator[str]:
         """What was found, as a table."""
-        raise NotImplementedError
 
     def facts(self) -> Mapping[str, Any]:
         """What else the file holds."""

@@ -18,11 +18,7 @@ inline __m512i split_values(const Vec (&values)[4]) {
   // Packing keeps to parts of 128 bits: byte 16 part + 4 i + j is code 16 i + 4 part + j. Every eight codes in reverse:
   const __m512i order = _mm512_set_epi64(0x2c2d2e2f3c3d3e3f, 0x0c0d0e0f1c1d1e1f, 0x28292a2b38393a3b, 0x08090a0b18191a1b,
                                          0x2425262734353637, 0x0405060714151617, 0x2021222330313233, 0x0001020310111213);
-  const __m512i reversed = _mm512_permutexvar_epi8(order, _mm512_packus_epi16(low, high));
-  const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
-  const __m512i gather = _mm512_set_epi64(0x3f372f271f170f07, 0x3e362e261e160e06, 0x3d352d251d150d05, 0x3c342c241c140c04,
-                                          0x3b332b231b130b03, 0x3a322a221a120a02, 0x3931292119110901, 0x3830282018100800);
-  return _mm512_permutexvar_epi8(gather, _mm512_gf2p8affine_epi64_epi8(unit, reversed, 0));
+  return split_reversed(_mm512_permutexvar_epi8(order, _mm512_packus_epi16(low, high)));
 }
 
 // Eight rows of eight words become columns.

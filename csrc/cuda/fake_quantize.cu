@@ -1,7 +1,6 @@
 // fake_quantize and encode: one pass forward; backward one pass that reduces as it goes.
 
 #include "cuda/fake_quantize.cuh"
-#include "cuda/mask.cuh"
 
 namespace qk::cuda {
 namespace {
