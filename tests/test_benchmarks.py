@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import limits, render, store
-from benchmarks.compare import MOST_SETTLING, OURS, SLOW, Times, compare, settling
+from benchmarks.compare import MOST_IN_A_ROW, MOST_SETTLING, OURS, SLOW, Times, block, compare, settling
 from benchmarks.goals import Faster, OfPeak, PerCore, Within
 from benchmarks.workloads import workloads
 from quantkernels._lib import _host
@@ -93,15 +93,19 @@ def test_contestants_take_turns() -> None:
     names = (OURS, "first", "second")
     contestants = {name: lambda name=name: calls.append(name) for name in names}
     times = compare(PedanticStub(), contestants, budget=1e-9)
-    assert {name: len(t.seconds) for name, t in times.items()} == dict.fromkeys(names, 5)
-    turn = MOST_SETTLING + 1  # untimed calls, and a timed one
-    assert settling(1e-6) == MOST_SETTLING and settling(0.004) == 2 and settling(SLOW) == 0
-    turns = calls[-5 * 3 * turn :]  # after warm-up: five rounds
+    assert {name: len(t.seconds) for name, t in times.items()} == dict.fromkeys(names, 5 * MOST_IN_A_ROW)
+    turn = MOST_SETTLING + MOST_IN_A_ROW  # untimed calls, and timed ones
+    turns = calls[-5 * 3 * turn :]  # after warm-up: five times a block of each
     for i in range(5):
         one_round = turns[3 * turn * i : 3 * turn * (i + 1)]
         assert one_round == [name for name in one_round[::turn] for _ in range(turn)]
         assert set(one_round) == set(names) and one_round[-1] == OURS
     assert turns[0] != turns[3 * turn]  # the rivals' order rotates
+
+
+def test_short_calls_are_timed_in_a_row_after_untimed_ones() -> None:
+    assert [settling(cost) for cost in (1e-6, 0.002, 0.004, SLOW)] == [MOST_SETTLING, 3, 2, 0]
+    assert [block(cost) for cost in (1e-6, 0.002, 0.004, 1.0)] == [MOST_IN_A_ROW, 5, 2, 1]
 
 
 def test_goals() -> None:
