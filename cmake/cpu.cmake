@@ -27,7 +27,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   list(APPEND QK_CPU_OBJECTS $<TARGET_OBJECTS:qk_cpu_avx2> $<TARGET_OBJECTS:qk_cpu_avx512>)
 endif()
 
-add_library(qk_cpu_dispatch OBJECT csrc/cpu/dispatch.cpp csrc/cpu/isa.cpp)
+add_library(qk_cpu_dispatch OBJECT csrc/cpu/dispatch.cpp csrc/cpu/isa.cpp csrc/cpu/blocks.cpp)
 target_include_directories(qk_cpu_dispatch PRIVATE csrc)
 target_link_libraries(qk_cpu_dispatch PRIVATE qk_warnings)
 

@@ -1,7 +1,7 @@
 """Train and deploy neural networks with 1 to 8 bits."""
 
 from . import nn, ops
-from ._library import build_info
+from ._library import build_info, empty_cache
 from .checkpoint import (
     CheckpointArchitectureError,
     CheckpointError,
@@ -66,6 +66,7 @@ __all__ = [
     "build_info",
     "convert",
     "copy_bits",
+    "empty_cache",
     "first_and_last",
     "load",
     "nn",

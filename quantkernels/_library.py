@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 import torch
 
 LIBRARIES = Path(__file__).parent / "_lib"
+_CPU = LIBRARIES / "quantkernels_cpu.so"
 _REBUILD = "rebuild with: pip install --no-build-isolation ."
 
 
 def _load() -> tuple[bool, str]:
     """Register the native ops with torch. Returns whether the CUDA library was loaded, and why if not."""
-    cpu = LIBRARIES / "quantkernels_cpu.so"
-    if not cpu.exists():
-        raise ImportError(f"quantkernels: the native CPU library {cpu} is missing; {_REBUILD}")
-    torch.ops.load_library(str(cpu))
+    if not _CPU.exists():
+        raise ImportError(f"quantkernels: the native CPU library {_CPU} is missing; {_REBUILD}")
+    torch.ops.load_library(str(_CPU))
     cuda = LIBRARIES / "quantkernels_cuda.so"
     if not cuda.exists():
         return False, "not built"
@@ -52,3 +53,16 @@ def build_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
+
+
+def empty_cache() -> int:
+    """Give back to the system the memory that results of CPU ops have left. Returns its bytes.
+
+    A result of 256 KiB or more lies in a block of its own, which is kept when the result is dropped, for the next one
+    of that size: at most 256 MiB together, or as many as the environment variable QK_CPU_CACHE_MB says when the library
+    is loaded; 0 keeps none, and leaves all memory to torch. Such results cannot be resized in place to more bytes.
+    With torch before 2.11 all memory is torch's.
+    """
+    release = ctypes.CDLL(str(_CPU)).qk_empty_cache
+    release.restype = ctypes.c_size_t
+    return int(release())

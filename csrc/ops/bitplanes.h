@@ -9,19 +9,6 @@
 
 namespace qk::ops {
 
-// Uninitialised, with the strides of x.
-inline Tensor empty_codes_like(const Tensor& x) {
-  using torch::stable::detail::from;
-  StableIValue stack[] = {from(x),
-                          from(std::optional<ScalarType>(ScalarType::Byte)),
-                          from(std::nullopt),
-                          from(std::nullopt),
-                          from(std::nullopt),
-                          from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 inline void check_rows(const char* op, const char* argument, const Tensor& t, const char* shape, int64_t dim) {
   check(t.dim() == dim, op, argument, std::string("of shape ") + shape, shape_of(t));
 }
@@ -37,7 +24,7 @@ Tensor encode(const Tensor& x_in, const Tensor& grid_in, int64_t kind, int64_t l
   args.kind = check_kind(op, "kind", kind, Kind::kTernary);
   args.levels = check_levels(op, "levels", args.kind, levels);
   const Tensor grid = parameters(op, "grid", grid_in, x, {args.layout.channels, kGridColumns});
-  Tensor codes = empty_codes_like(x);
+  Tensor codes = new_like(x, ScalarType::Byte);
   args.grid = static_cast<const float*>(grid.const_data_ptr());
   args.x = x.const_data_ptr();
   args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());

@@ -98,10 +98,7 @@ Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
   const bool channels_last = !x.is_contiguous() && is_channels_last(x);
   tensors.x = channels_last ? x : as_contiguous(x);
   const ConvGeometry& g = args.geometry;
-  using torch::headeronly::MemoryFormat;
-  Tensor out =
-      torch::stable::empty({g.batch, g.out_channels, g.out_height, g.out_width}, check_out_dtype(call), std::nullopt,
-                           x.device(), std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor out = new_images(x, {g.batch, g.out_channels, g.out_height, g.out_width}, check_out_dtype(call), channels_last);
   set_strides(g.in_channels, g.in_height, g.in_width, channels_last, args.x_stride);
   set_strides(g.out_channels, g.out_height, g.out_width, channels_last, args.out_stride);
   args.epilogue.out_dtype = dtype_of(out);

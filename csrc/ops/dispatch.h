@@ -24,26 +24,6 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-// Dimensions from the slowest to the fastest in memory; those of size 1 do not matter.
-inline std::vector<int64_t> memory_order(const Tensor& t) {
-  std::vector<int64_t> order(t.dim());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
-  return order;
-}
-
-// Some permutation of the dimensions is contiguous: contiguous and channels_last tensors, and their transposes.
-inline bool is_dense(const Tensor& t) {
-  int64_t expected = 1;
-  const std::vector<int64_t> order = memory_order(t);
-  for (auto d = order.rbegin(); d != order.rend(); ++d) {
-    if (t.size(*d) == 1) continue;
-    if (t.stride(*d) != expected) return false;
-    expected *= t.size(*d);
-  }
-  return true;
-}
-
 // The one knowing copy: a tensor with gaps or overlaps becomes dense, its dimensions in the order they had in memory. This
 // is also the layout of empty_like, with which the fake kernels say what the results look like.
 inline Tensor dense(const Tensor& t) {

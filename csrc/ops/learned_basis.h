@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> learned_basis_quantize(const Tensor& x_in, co
   const Tensor x = dense(x_in);
   LearnedBasisArgs args{};
   const Tensor basis = learned_basis_args(op, x, basis_in, encoding, axis, args);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = new_like(x);
   const int64_t channels = statistics ? args.layout.channels : 0;
   Tensor gram = new_sums(x, {channels, args.bits, args.bits});
   Tensor product = new_sums(x, {channels, args.bits});
@@ -54,7 +54,7 @@ Tensor learned_basis_quantize_backward(const Tensor& grad_in, const Tensor& x_in
   const Tensor grad = gradient_of(op, grad_in, x);
   LearnedBasisArgs args{};
   const Tensor basis = learned_basis_args(op, x, basis_in, encoding, axis, args);
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = new_like(x);
   args.grad = grad.const_data_ptr();
   args.out = grad_x.mutable_data_ptr();
   if (x.numel() > 0) Backend::learned_basis_backward(args, x);
@@ -73,7 +73,7 @@ Tensor learned_basis_encode(const Tensor& x_in, const Tensor& grid_in, std::opti
   args.dtype = dtype_of(x);
   args.bits = static_cast<int>(grid_in.size(1)) - 1;
   const Tensor grid = parameters(op, "grid", grid_in, x, {args.layout.channels, 1 + args.bits});
-  Tensor codes = empty_codes_like(x);
+  Tensor codes = new_like(x, ScalarType::Byte);
   args.grid = static_cast<const float*>(grid.const_data_ptr());
   args.x = x.const_data_ptr();
   args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());

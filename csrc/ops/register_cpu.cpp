@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/blocks.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "ops/attention.h"
@@ -21,6 +22,12 @@ namespace {
   cpu::set_parallel_for([](int64_t count, int64_t grain, void* context, cpu::Body body) {
     torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
   });
+  return true;
+}();
+
+[[maybe_unused]] const bool kBlocksSet = [] {
+  static const BlockSource source{cpu::kSmallestBlock, cpu::take_block, cpu::give_block};
+  if (cpu::kept_limit() > 0) block_source = &source;
   return true;
 }();
 
@@ -89,3 +96,6 @@ STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) {
   m.impl("lowbit_linear", TORCH_BOX(&lowbit_linear<Cpu>));
   m.impl("lowbit_conv2d", TORCH_BOX(&lowbit_conv2d<Cpu>));
 }
+
+// For quantkernels.empty_cache: there is no tensor in it, so no op.
+extern "C" __attribute__((visibility("default"))) size_t qk_empty_cache() { return qk::cpu::release_blocks(); }
