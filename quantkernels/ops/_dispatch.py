@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,23 +77,25 @@ def backends() -> Iterator[str]:
 def call(op: str, *args: Any) -> Any:
     """Run op of the current backend's namespace; a kernel that is not there is one clear sentence."""
     namespace = NAMESPACES[_current]
-    packet = getattr(getattr(torch.ops, namespace), op, None)
-    if packet is None:
-        raise NotImplementedError(
-            f"quantkernels.{op}: the {_current} backend does not have this op; choose another with "
-            "quantkernels.backend(...)"
-        )
     # Tracers and functorch's transforms need the dispatcher to see the op whole.
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return getattr(getattr(torch.ops, namespace), op).default(*args)
     try:
-        return packet.default(*args) if traced else eager(op, namespace)(*args)
+        return eager(op, namespace)(*args)
     except NotImplementedError as error:
         if f"::{op}" not in str(error):
             raise
-        device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "this")
-        raise NotImplementedError(
-            f"quantkernels.{op}: the {_current} backend has no kernel for {device} tensors here{_remedy()}"
-        ) from error
+        raise NotImplementedError(_missing(op, args)) from error
+
+
+def _missing(op: str, args: Sequence[Any]) -> str:
+    if not hasattr(getattr(torch.ops, NAMESPACES[_current]), op):
+        return (
+            f"quantkernels.{op}: the {_current} backend does not have this op; choose another with "
+            "quantkernels.backend(...)"
+        )
+    device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "this")
+    return f"quantkernels.{op}: the {_current} backend has no kernel for {device} tensors here{_remedy()}"
 
 
 def _remedy() -> str:

@@ -49,6 +49,7 @@ def eager(op: str, namespace: str) -> Callable[..., Any]:
 
     torch.library's autograd enters Python through the dispatcher twice a call; an ``autograd.Function`` around the
     kernel enters it once. A layer's weight is quantized in a few hundred microseconds, so this shows.
+    Raises NotImplementedError where the namespace has no such op.
     """
     key = (op, namespace)
     if key not in _EAGER:
@@ -58,7 +59,10 @@ def eager(op: str, namespace: str) -> Callable[..., Any]:
 
 def _make_eager(op: str, namespace: str) -> Callable[..., Any]:
     rule, ops = RULES[op], getattr(torch.ops, namespace)
-    overload = getattr(ops, op).default
+    packet = getattr(ops, op, None)
+    if packet is None:
+        raise NotImplementedError(f"{namespace}::{op}")
+    overload = packet.default
 
     def kernel(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -66,7 +70,7 @@ def _make_eager(op: str, namespace: str) -> Callable[..., Any]:
 
     if rule.backward is None or rule.setup_context is None:
         return kernel
-    backward, setup_context = rule.backward, rule.setup_context
+    setup_context, gradient = rule.setup_context, partial(rule.backward, ops)
 
     class Op(torch.autograd.Function):
         @staticmethod
@@ -75,13 +79,16 @@ def _make_eager(op: str, namespace: str) -> Callable[..., Any]:
             setup_context(ctx, args, output)
             return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ops, ctx, *grads)
+        backward = staticmethod(gradient)
+
+    # Function.apply looks for functorch's transforms first, which `call` has done already.
+    apply = super(torch.autograd.Function, Op).apply
 
     def run(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return Op.apply(*args)
+        if torch.is_grad_enabled():
+            for a in args:
+                if isinstance(a, Tensor) and a.requires_grad:
+                    return apply(*args)
         return kernel(*args)
 
     return run
