@@ -7,7 +7,7 @@
 
 namespace qk::cpu {
 
-inline constexpr size_t kSmallestBlock = 256 << 10;  // what is smaller malloc keeps well itself
+inline constexpr size_t kSmallestBlock = 64 << 10;  // what is smaller malloc keeps well itself
 
 // A block of at least `bytes`, aligned to a page, with whatever its last user left. Null where there is no memory.
 void* take_block(size_t bytes);

@@ -6,6 +6,7 @@
 #include "cpu/blocks.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/shares.h"
 #include "ops/attention.h"
 #include "ops/bitplanes.h"
 #include "ops/conv.h"
@@ -20,7 +21,12 @@ namespace {
 // Kernels split their work through torch's thread pool, so torch.set_num_threads holds for them too.
 [[maybe_unused]] const bool kParallelSet = [] {
   cpu::set_parallel_for([](int64_t count, int64_t grain, void* context, cpu::Body body) {
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+    const int64_t threads = torch::stable::get_num_threads();
+    cpu::Shares shares(count, grain, threads);
+    if (shares.size() == 1) return body(context, 0, count);
+    torch::stable::parallel_for(0, shares.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t share = begin; share < end; ++share) shares.work(share, context, body);
+    });
   });
   return true;
 }();
