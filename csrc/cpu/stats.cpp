@@ -3,6 +3,7 @@
 #include "cpu/stats.h"
 
 #include "cpu/grid.h"
+#include "cpu/halves.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 namespace {
@@ -29,6 +30,56 @@ struct ChannelStats {
     sums[3] = multiply_add(value, value, sums[3]);
   }
 };
+
+#if defined(__AVX512F__)
+// 32 elements of a half type at a time. Their minima and maxima come from the integers that their bits are: without a sign
+// larger ones are larger numbers, with it smaller ones, and as unsigned integers all with a sign are above all without.
+// Where both occur, the least integer is neither, so it is followed no longer.
+template <class T>
+struct ChannelStatsOfHalves : ChannelStats<T> {
+  struct Pairs {
+    __m512i largest_signed = _mm512_set1_epi16(-0x8000), largest = _mm512_setzero_si512(), least = _mm512_set1_epi16(-1);
+    TwoVecs magnitudes{splat(0.0f), splat(0.0f)}, squares{splat(0.0f), splat(0.0f)};
+
+    __mmask32 some_negative() const { return _mm512_movepi16_mask(largest); }
+    __mmask32 all_negative() const { return _mm512_movepi16_mask(largest_signed); }
+    bool settled() const { return some_negative() == 0xffffffff && all_negative() == 0; }
+  };
+
+  template <bool kSettled>
+  void add(int64_t i, Pairs& to) const {
+    const __m512i bits = load_bits(this->x + i);
+    to.largest_signed = _mm512_max_epi16(to.largest_signed, bits);
+    to.largest = _mm512_max_epu16(to.largest, bits);
+    if constexpr (!kSettled) to.least = _mm512_min_epu16(to.least, bits);
+    const TwoVecs magnitude = widen_magnitudes(bits, this->x + i);
+    // One sum on the units that add, one on those that multiply.
+    to.magnitudes = {to.magnitudes.first + magnitude.first,
+                     multiply_add(magnitude.second, splat(1.0f), to.magnitudes.second)};
+    to.squares = {multiply_add(magnitude.first, magnitude.first, to.squares.first),
+                  multiply_add(magnitude.second, magnitude.second, to.squares.second)};
+  }
+
+  void finish(const Pairs& from, Vec (&sums)[2][ChannelStats<T>::kSums + 1]) const {
+    const TwoVecs parts[] = {
+        widen(_mm512_mask_blend_epi16(from.some_negative(), from.least, from.largest), this->x),
+        widen(_mm512_mask_blend_epi16(from.all_negative(), from.largest_signed, from.least), this->x),
+        from.magnitudes,
+        from.squares,
+    };
+    for (int s = 0; s < ChannelStats<T>::kSums; ++s) {
+      const TwoVecs part = in_order(parts[s], this->x);
+      sums[0][s] = part.first;
+      sums[1][s] = part.second;
+    }
+  }
+};
+template <>
+struct ChannelStatsOfHalves<float> : ChannelStats<float> {};
+#else
+template <class T>
+using ChannelStatsOfHalves = ChannelStats<T>;
+#endif
 
 template <class T>
 struct ConditionalMean {
@@ -89,7 +140,7 @@ void channel_stats(const StatsArgs& args) {
   const ChannelTable table(args.layout, walk, 0, [](int64_t, float*) {});
   const int64_t channels = args.layout.channels;
   with_type(args.dtype, [&]<class T>(T*) {
-    const auto totals = traverse(args.layout, walk, table, ChannelStats<T>{static_cast<const T*>(args.x)});
+    const auto totals = traverse(args.layout, walk, table, ChannelStatsOfHalves<T>{{static_cast<const T*>(args.x)}});
     for (int64_t c = 0; c < channels; ++c) {
       // The minima and maxima of vectors pass over NaN; sum |x| is NaN exactly where there is one.
       const bool nan = std::isnan(totals[2 * channels + c]);

@@ -10,6 +10,10 @@
 //   static constexpr Combine combine(int s)        optional; without it every accumulator is a sum
 //   Params params(field)                           field(f) gives column f of the ChannelTable for the lanes at hand
 //   void operator()(int64_t i, Lanes, const Params&, Vec* sums)      elements [i, i + lanes): Whole{} or First{n}
+// It may also take two vectors at a time, with accumulators of a form of its own that begin empty:
+//   struct Pairs { bool settled() const; }         settled: from here on, less work will do
+//   template <bool kSettled> void add(int64_t i, Pairs&) const      elements [i, i + 2 * kLanes)
+//   void finish(const Pairs&, Vec (&sums)[2][kSums + 1]) const      of at least one add: as operator() would have them
 // Accumulators are reduced in an order that depends on the layout alone, never on the number of threads.
 
 #include <algorithm>
@@ -29,6 +33,7 @@ inline constexpr int64_t kMinRows = 8;            // unless too few rows share t
 inline constexpr int64_t kShortRun = 4;           // this length is better off with a partial vector
 inline constexpr int64_t kPiece = 1 << 14;        // elements a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kStripRows = 64;         // columns: rows that are walked with parameters in registers
+inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they are asked whether they are settled
 inline constexpr int64_t kMaxBlocks = 16;         // column blocks of a reduction, each with partial sums of its own
 inline constexpr int64_t kMaxBlockRows = 4096;    // so that a float32 partial sum stays accurate
 inline constexpr int64_t kStreamBytes = 8 << 20;  // results of this size leave the caches before they are read again
@@ -166,13 +171,41 @@ constexpr int unroll_of() {
   return Op::kSums == 0 ? 4 : Op::kSums * 4 <= kRegisters / 2 ? 4 : Op::kSums * 2 <= kRegisters / 2 ? 2 : 1;
 }
 
+template <class Op>
+concept TakesPairs = requires { typename Op::Pairs; };
+
+// `count` steps from i on: each adds kPairs pairs of vectors that lie side by side.
+template <int kPairs, class Op>
+inline void run_pairs(const Op& op, int64_t i, int64_t stride, int64_t count, typename Op::Pairs* pairs) {
+  const auto run = [&]<bool kSettled>(int64_t steps) {
+    for (; steps > 0; --steps, i += stride)
+#pragma GCC unroll 4
+      for (int p = 0; p < kPairs; ++p) op.template add<kSettled>(i + p * 2 * kLanes, pairs[p]);
+  };
+  const int64_t first = std::min(count, kUnsettledSteps);
+  run.template operator()<false>(first);
+  bool settled = true;
+  for (int p = 0; p < kPairs; ++p) settled = settled && pairs[p].settled();
+  settled ? run.template operator()<true>(count - first) : run.template operator()<false>(count - first);
+}
+
 // partial: [kSums]
 template <class Op, class Params>
 inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t end, float* partial) {
-  constexpr int kUnroll = unroll_of<Op>();
+  constexpr int kUnroll = TakesPairs<Op> ? 1 : unroll_of<Op>();
   const Op op = shared;  // vector stores may alias whatever a reference leads to: it would be loaded anew after each
   Vec sums[kUnroll][Op::kSums + 1];
   for (auto& set : sums) reset_sums<Op>(set);
+  if constexpr (TakesPairs<Op>) {
+    if (const int64_t count = (end - i) / (2 * kLanes); count > 0) {
+      typename Op::Pairs pairs;
+      Vec both[2][Op::kSums + 1];
+      run_pairs<1>(op, i, 2 * kLanes, count, &pairs);
+      op.finish(pairs, both);
+      for (const Vec* half : both) merge_sums<Op>(sums[0], half);
+      i += count * 2 * kLanes;
+    }
+  }
   for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes)
     for (int u = 0; u < kUnroll; ++u) op(i + u * kLanes, Whole{}, params, sums[u]);
   for (; i + kLanes <= end; i += kLanes) op(i, Whole{}, params, sums[0]);
@@ -269,6 +302,25 @@ inline void run_strip(const Walk& walk, const ChannelTable& table, const Op& sha
   for (int w = 0; w < kWidth; ++w) partial.store_to(column + w * kLanes, sums[w]);
 }
 
+// kWidth vectors of columns, of an op that takes two at a time.
+template <int kWidth, class Op>
+inline void run_strip_of_pairs(const Walk& walk, const Op& shared, int64_t row, int64_t last_row, int64_t column,
+                               ColumnSums<Op> partial) {
+  const Op op = shared;  // as in run_piece
+  typename Op::Pairs pairs[kWidth / 2];
+  run_pairs<kWidth / 2>(op, row * walk.period + column, walk.period, last_row - row, pairs);
+#pragma GCC unroll 4
+  for (int w = 0; w < kWidth; w += 2) {
+    Vec both[2][Op::kSums + 1], sums[Op::kSums + 1];
+    op.finish(pairs[w / 2], both);
+    for (int half = 0; half < 2; ++half) {
+      partial.load_from(column + (w + half) * kLanes, sums);
+      merge_sums<Op>(sums, both[half]);
+      partial.store_to(column + (w + half) * kLanes, sums);
+    }
+  }
+}
+
 // The columns from `first_column` on, whatever their number, of rows that need not be whole.
 template <class Op>
 inline void run_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t first_row,
@@ -313,7 +365,11 @@ inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable
     end = std::min(row + kStripRows, whole_rows);
     int64_t column = 0;
     for (; column + kWidth * kLanes <= whole; column += kWidth * kLanes)
-      run_strip<kWidth>(walk, table, op, row, end, column, partial);
+      if constexpr (TakesPairs<Op> && kWidth % 2 == 0) {
+        run_strip_of_pairs<kWidth>(walk, op, row, end, column, partial);
+      } else {
+        run_strip<kWidth>(walk, table, op, row, end, column, partial);
+      }
     for (; column < whole; column += kLanes) run_strip<1>(walk, table, op, row, end, column, partial);
     if (whole < walk.period) run_columns(layout, walk, table, op, row, end, whole, partial);
   }

@@ -62,6 +62,29 @@ def test_range_errors(backend, problem):
         assert_sums_close(errors, expected, expected, problem.per_channel)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("signs", ["both", "positive", "negative", "one positive", "one negative", "zeros"])
+def test_extremes_of_half_types(backend, dtype, signs):
+    x = torch.randn(70, 96, generator=torch.Generator().manual_seed(1))
+    if signs == "zeros":
+        x = torch.zeros_like(x).copysign(x)
+    elif signs != "both":
+        x = x.abs() + 0.1 if signs in ("positive", "one negative") else -x.abs() - 0.1
+    if signs.startswith("one"):
+        x[68, 37] *= -1
+    for special in (None, NAN, -NAN, INF, -INF):
+        if special is not None:
+            x[69, 38] = special
+        half = x.to(dtype)
+        for axis in (None, 0, 1):
+            stats, expected = (
+                backend.ops.channel_stats(half.to(backend.device), axis),
+                reference.channel_stats(half, axis),
+            )
+            assert_bit_equal(stats[:, :2], expected[:, :2])
+            assert_sums_close(stats[:, 2:], expected[:, 2:], expected[:, 2:], x.numel() // len(expected))
+
+
 def test_a_nan_makes_its_channel_nan_and_no_other(backend):
     x = torch.tensor([[1.0, NAN, 2.0], [-3.0, INF, 4.0]], device=backend.device)
     stats = backend.ops.channel_stats(x, 0)
