@@ -80,7 +80,7 @@ class Bits {
 
   void put(int64_t i, uint32_t bits, Whole) const {
     if (whole_bytes_) {
-      std::memcpy(bytes_ + i / 8, &bits, kLanes / 8);
+      std::memcpy(bytes_ + (i >> 3), &bits, kLanes / 8);
     } else {
       set(i, bits);
     }
@@ -88,7 +88,7 @@ class Bits {
   void put(int64_t i, uint32_t bits, First lanes) const {
     bits &= (1u << lanes.n) - 1;
     if (whole_bytes_) {
-      std::memcpy(bytes_ + i / 8, &bits, (lanes.n + 7) / 8);
+      std::memcpy(bytes_ + (i >> 3), &bits, (lanes.n + 7) / 8);
     } else {
       set(i, bits);
     }

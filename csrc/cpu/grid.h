@@ -25,7 +25,7 @@ inline GridVec grid_params(Field field) {
   return {field(0), field(1), field(2), field(3)};
 }
 
-inline Vec position_of(Vec x, const GridVec& grid) { return (x - grid.offset) * grid.inverse; }
+inline Vec position_of(Vec x, const GridVec& grid) { return multiplier_subtract(x, grid.offset) * grid.inverse; }
 
 inline Vec binary_code(Vec x) { return keep(less_equal(splat(0.0f), x), splat(1.0f)); }
 inline Vec ternary_code(Vec x, Vec threshold) {

@@ -26,7 +26,7 @@ struct ChannelStats {
     const Vec value = load(x + i, lanes);
     sums[0] = min(sums[0], value);
     sums[1] = max(sums[1], value);
-    sums[2] = sums[2] + abs(value);
+    sums[2] = multiplier_add(abs(value), sums[2]);
     sums[3] = multiply_add(value, value, sums[3]);
   }
 };
@@ -34,9 +34,8 @@ struct ChannelStats {
 #if defined(__AVX512F__)
 // 32 elements of a half type at a time. Their minima and maxima come from the integers that their bits are: without a sign
 // larger ones are larger numbers, with it smaller ones, and as unsigned integers all with a sign are above all without.
-// Where both occur, the least integer is neither, so it is followed no longer. kAdds: the sums are wanted; without them sum
-// |x| tells no more than whether there is a NaN.
-template <class T, bool kAdds>
+// Where both occur, the least integer is neither, so it is followed no longer.
+template <class T>
 struct ChannelStatsOfHalves : ChannelStats<T> {
   struct Pairs {
     __m512i largest_signed = _mm512_set1_epi16(-0x8000), largest = _mm512_setzero_si512(), least = _mm512_set1_epi16(-1);
@@ -53,7 +52,6 @@ struct ChannelStatsOfHalves : ChannelStats<T> {
     to.largest_signed = _mm512_max_epi16(to.largest_signed, bits);
     to.largest = _mm512_max_epu16(to.largest, bits);
     if constexpr (!kSettled) to.least = _mm512_min_epu16(to.least, bits);
-    if constexpr (!kAdds) return;
     const TwoVecs magnitude = widen_magnitudes(bits, this->x + i);
     // One sum on the units that add, one on those that multiply.
     to.magnitudes = {to.magnitudes.first + magnitude.first,
@@ -74,17 +72,12 @@ struct ChannelStatsOfHalves : ChannelStats<T> {
       sums[0][s] = part.first;
       sums[1][s] = part.second;
     }
-    if constexpr (kAdds) return;
-    // As integers, NaNs are beyond infinity on both sides.
-    const Vec zero = splat(0.0f);
-    for (Vec* const sum : sums)
-      sum[2] = select(equal(sum[0], sum[0]), zero, sum[0]) + select(equal(sum[1], sum[1]), zero, sum[1]);
   }
 };
-template <bool kAdds>
-struct ChannelStatsOfHalves<float, kAdds> : ChannelStats<float> {};
+template <>
+struct ChannelStatsOfHalves<float> : ChannelStats<float> {};
 #else
-template <class T, bool>
+template <class T>
 using ChannelStatsOfHalves = ChannelStats<T>;
 #endif
 
@@ -147,10 +140,7 @@ void channel_stats(const StatsArgs& args) {
   const ChannelTable table(args.layout, walk, 0, [](int64_t, float*) {});
   const int64_t channels = args.layout.channels;
   with_type(args.dtype, [&]<class T>(T*) {
-    const auto run = [&]<bool kAdds>() {
-      return traverse(args.layout, walk, table, ChannelStatsOfHalves<T, kAdds>{{static_cast<const T*>(args.x)}});
-    };
-    const std::vector<double> totals = args.stats ? run.template operator()<true>() : run.template operator()<false>();
+    const auto totals = traverse(args.layout, walk, table, ChannelStatsOfHalves<T>{{static_cast<const T*>(args.x)}});
     for (int64_t c = 0; c < channels; ++c) {
       // The minima and maxima of vectors pass over NaN; sum |x| is NaN exactly where there is one.
       const bool nan = std::isnan(totals[2 * channels + c]);
