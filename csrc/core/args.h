@@ -90,6 +90,7 @@ struct AttentionArgs {
   Kind kinds[kMaxQuantizers];      // [K]
   Ste stes[kMaxQuantizers];        // [K]
   int64_t levels[kMaxQuantizers];  // [K]
+  bool covered;                    // no x lies outside the range of a uniform member
   const float* attention;          // [K]
   const float* grids;              // [K, channels, 3]
   const void* x;                   // [outer, channels, inner]

@@ -11,6 +11,7 @@ namespace {
 
 // What the members have in common, from the most to the least. It decides nothing but speed.
 enum class Mix {
+  kCovered,      // as below, and the range holds every x: nothing needs to be clamped
   kSharedRange,  // uniform, on one range: min-max of one tensor at several widths
   kUniform,
   kAny,
@@ -24,6 +25,7 @@ inline constexpr int kFields = 4;
 template <Mix kMix, int kCount, bool kClamped>
 struct Members {
   static constexpr int kSize = kCount ? kCount : kMaxQuantizers;
+  static constexpr bool kOneRange = kMix == Mix::kCovered || kMix == Mix::kSharedRange;
   struct Params {
     Vec base;
     Vec offset[kSize], inverse[kSize], weight[kSize], bound[kSize];
@@ -53,21 +55,22 @@ struct Members {
   }
 
   static Vec shared(Vec x, const Params& p) {
+    if constexpr (kMix == Mix::kCovered) return x - p.offset[0];
     if constexpr (kMix != Mix::kSharedRange) return x;
-    const Vec distance = x - p.offset[0];
+    const Vec distance = multiplier_subtract(x, p.offset[0]);
     return kClamped ? min(p.bound[0], max(splat(0.0f), distance)) : distance;
   }
 
   // Of a uniform member.
   Vec position(int k, Vec shared, const Params& p) const {
-    return (kMix == Mix::kSharedRange ? shared : shared - p.offset[k]) * p.inverse[k];
+    return (kOneRange ? shared : multiplier_subtract(shared, p.offset[k])) * p.inverse[k];
   }
 
   // Code of x at its position; of an identity member x itself.
   Vec code(int k, Vec x, Vec shared, const Params& p) const {
     if (kMix != Mix::kAny || kinds[k] == Kind::kUniform) {
       const Vec at = position(k, shared, p);
-      return round_to_even(kMix == Mix::kSharedRange && kClamped ? at : clamp_code(at, levels[k]));
+      return round_to_even(kOneRange && kClamped ? at : clamp_code(at, levels[k]));
     }
     return kinds[k] == Kind::kBinary ? binary_code(x) : kinds[k] == Kind::kTernary ? ternary_code(x, p.bound[k]) : x;
   }
@@ -188,7 +191,7 @@ Mix mix_of(const AttentionArgs& args) {
     if (args.kinds[k] != Kind::kUniform) return Mix::kAny;
     for (int64_t c = 0; c < args.layout.channels && shared; ++c) shared = shares_range(args, k, c);
   }
-  return shared ? Mix::kSharedRange : Mix::kUniform;
+  return !shared ? Mix::kUniform : args.covered ? Mix::kCovered : Mix::kSharedRange;
 }
 
 // Calls f.template operator()<mix, count>(); counts that the papers use are unrolled.
@@ -205,6 +208,8 @@ void with_members(const AttentionArgs& args, const F& f) {
     }
   };
   switch (mix_of(args)) {
+    case Mix::kCovered:
+      return with_count.template operator()<Mix::kCovered>();
     case Mix::kSharedRange:
       return with_count.template operator()<Mix::kSharedRange>();
     case Mix::kUniform:
@@ -255,14 +260,14 @@ void attention_quantize_backward(const AttentionArgs& args) {
         finish_backward(args, traverse(args.layout, walk, table, Op(args, walk)), Op::kSize, Op::kRangeSums);
       };
       if (!args.out) return run.template operator()<Ste::kIdentity, false>();
-      switch (most) {
-        case Ste::kIdentity:
-          return run.template operator()<Ste::kIdentity>();
-        case Ste::kClip:
-          return run.template operator()<Ste::kClip>();
-        case Ste::kFull:
-          return run.template operator()<Ste::kFull>();
-      }
+      if constexpr (kMix != Mix::kCovered) switch (most) {
+          case Ste::kIdentity:
+            return run.template operator()<Ste::kIdentity>();
+          case Ste::kClip:
+            return run.template operator()<Ste::kClip>();
+          case Ste::kFull:
+            return run.template operator()<Ste::kFull>();
+        }
     });
   });
 }

@@ -97,6 +97,7 @@ inline std::vector<int64_t> memory_order(const Tensor& t) {
 
 // Some permutation of the dimensions is contiguous: contiguous and channels_last tensors, and their transposes.
 inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
   int64_t expected = 1;
   const std::vector<int64_t> order = memory_order(t);
   for (auto d = order.rbegin(); d != order.rend(); ++d) {

@@ -22,10 +22,10 @@ inline AttentionInputs attention_inputs(const char* op, const Tensor& x_in, cons
   check_float(op, "x", x_in);
   const Tensor x = dense(x_in);
   const auto count = static_cast<int64_t>(kinds.size());
-  check(count >= 1 && count <= kMaxQuantizers, op, "kinds", "of 1 to 8 quantizers", count);
-  check(levels.size() == kinds.size(), op, "levels", "one for each of the " + std::to_string(count) + " kinds",
-        levels.size());
-  check(stes.size() == kinds.size(), op, "stes", "one for each of the " + std::to_string(count) + " kinds", stes.size());
+  QK_CHECK(count >= 1 && count <= kMaxQuantizers, op, "kinds", "of 1 to 8 quantizers", count);
+  QK_CHECK(levels.size() == kinds.size(), op, "levels", "one for each of the " + std::to_string(count) + " kinds",
+           levels.size());
+  QK_CHECK(stes.size() == kinds.size(), op, "stes", "one for each of the " + std::to_string(count) + " kinds", stes.size());
   AttentionArgs args{};
   args.layout = layout_of(op, x, axis);
   args.dtype = dtype_of(x);
@@ -45,8 +45,9 @@ inline AttentionInputs attention_inputs(const char* op, const Tensor& x_in, cons
 
 template <class Backend>
 Tensor attention_quantize(const Tensor& x_in, const Tensor& attention, const Tensor& grids, const Ints kinds,
-                          const Ints levels, const Ints stes, std::optional<int64_t> axis, bool) {
+                          const Ints levels, const Ints stes, std::optional<int64_t> axis, bool, bool covered) {
   AttentionInputs in = attention_inputs("attention_quantize", x_in, attention, grids, kinds, levels, stes, axis);
+  in.args.covered = covered;
   Tensor out = new_like(in.x);
   in.args.out = out.mutable_data_ptr();
   if (in.x.numel() > 0) Backend::attention_quantize_forward(in.args, in.x);
@@ -75,9 +76,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_quantize_backward(const Tensor& gra
 // grad_attention alone: the backward kernel writes nothing else.
 template <class Backend>
 Tensor attention_gradient(const Tensor& grad_in, const Tensor& x_in, const Tensor& attention, const Tensor& grids,
-                          const Ints kinds, const Ints levels, std::optional<int64_t> axis) {
+                          const Ints kinds, const Ints levels, std::optional<int64_t> axis, bool covered) {
   constexpr const char* op = "attention_gradient";
   AttentionInputs in = attention_inputs(op, x_in, attention, grids, kinds, levels, Ints(kinds.size(), 0), axis);
+  in.args.covered = covered;
   const Tensor grad = gradient_of(op, grad_in, in.x);
   Tensor grad_attention = new_sums(in.x, {in.args.count});
   in.args.grad = grad.const_data_ptr();

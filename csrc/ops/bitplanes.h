@@ -10,7 +10,7 @@
 namespace qk::ops {
 
 inline void check_rows(const char* op, const char* argument, const Tensor& t, const char* shape, int64_t dim) {
-  check(t.dim() == dim, op, argument, std::string("of shape ") + shape, shape_of(t));
+  QK_CHECK(t.dim() == dim, op, argument, std::string("of shape ") + shape, shape_of(t));
 }
 
 template <class Backend>
@@ -66,12 +66,12 @@ Tensor unpack_bitplanes(const Tensor& planes_in, int64_t kind, int64_t columns) 
                                                         : "of 2 planes";
   const bool fits = args.kind == Kind::kUniform ? args.bits >= 1 && args.bits <= kMaxBits
                                                 : args.bits == (args.kind == Kind::kBinary ? 1 : 2);
-  check(fits, op, "planes", bits, shape_of(planes));
+  QK_CHECK(fits, op, "planes", bits, shape_of(planes));
   args.rows = planes.size(1);
   args.words = planes.size(2);
   args.columns = columns;
-  check(columns >= 0 && words_of(columns) == args.words, op, "columns",
-        "a row length of " + std::to_string(args.words) + " words of 32 elements", columns);
+  QK_CHECK(columns >= 0 && words_of(columns) == args.words, op, "columns",
+           "a row length of " + std::to_string(args.words) + " words of 32 elements", columns);
   Tensor codes = new_tensor(planes, {args.rows, args.columns}, ScalarType::Byte);
   args.planes = static_cast<const int32_t*>(planes.const_data_ptr());
   args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> quantize_pack(const Tensor& x_in, const Tensor& grid_
   args.levels = check_levels(op, "levels", args.kind, levels);
   args.bits = bits_of(args.kind, args.levels);
   args.per_row = axis.has_value();
-  if (axis) check(axis_of(op, x, *axis) == 0, op, "axis", "None or 0", *axis);
+  if (axis) QK_CHECK(axis_of(op, x, *axis) == 0, op, "axis", "None or 0", *axis);
   const Tensor grid = parameters(op, "grid", grid_in, x, {args.per_row ? args.rows : 1, kGridColumns});
   Tensor planes = new_tensor(x, {args.bits, args.rows, args.words}, ScalarType::Int);
   const bool empty = x.numel() == 0;

@@ -27,34 +27,38 @@ inline std::string shape_of(const Tensor& t) {
 }
 
 template <class Got>
-void check(bool ok, const char* op, const char* argument, const std::string& expected, const Got& got) {
+[[noreturn]] void complain(const char* op, const char* argument, const std::string& expected, const Got& got) {
   // Not STD_TORCH_CHECK: it would put this file and line before the sentence.
-  if (!ok) throw std::runtime_error(std::string(op) + ": " + argument + " must be " + expected + ", got " + text_of(got));
+  throw std::runtime_error(std::string(op) + ": " + argument + " must be " + expected + ", got " + text_of(got));
 }
+
+// QK_CHECK(ok, op, argument, expected, got). A macro, so that words are put together only where they are needed: that takes
+// longer than all the checks of a call.
+#define QK_CHECK(ok, ...)                        \
+  do {                                           \
+    if (!(ok)) ::qk::ops::complain(__VA_ARGS__); \
+  } while (false)
 
 inline void check_float(const char* op, const char* argument, const Tensor& t) {
   const ScalarType type = t.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op, argument,
-        "float32, float16 or bfloat16", type);
+  QK_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op, argument,
+           "float32, float16 or bfloat16", type);
 }
 
 inline void check_type(const char* op, const char* argument, const Tensor& t, ScalarType type) {
-  check(t.scalar_type() == type, op, argument, text_of(type), t.scalar_type());
+  QK_CHECK(t.scalar_type() == type, op, argument, text_of(type), t.scalar_type());
 }
 
 inline void check_shape(const char* op, const char* argument, const Tensor& t, std::initializer_list<int64_t> shape) {
-  bool same = t.dim() == static_cast<int64_t>(shape.size());
-  int64_t d = 0;
-  std::string expected = "[";
-  for (const int64_t size : shape) {
-    same = same && t.size(d) == size;
-    expected += (d++ ? ", " : "") + std::to_string(size);
-  }
-  check(same, op, argument, "of shape " + expected + "]", shape_of(t));
+  const IntHeaderOnlyArrayRef sizes = t.sizes();
+  if (std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) return;
+  std::string expected;
+  for (const int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  complain(op, argument, "of shape [" + expected + "]", shape_of(t));
 }
 
 inline void check_same_device(const char* op, const char* argument, const Tensor& t, const Tensor& x) {
-  check(t.device() == x.device(), op, argument, "on the device of x", "another one");
+  QK_CHECK(t.device() == x.device(), op, argument, "on the device of x", "another one");
 }
 
 // float32 parameters of a kernel: on x's device, of the shape given, made contiguous if they are not.

@@ -16,15 +16,15 @@ inline void check_extents(const char* op, const char* argument, const std::vecto
     got += (got.size() > 1 ? ", " : "") + std::to_string(value);
     ok = ok && value >= least && value <= kMaxExtent;
   }
-  check(ok, op, argument, std::to_string(count) + " numbers from " + std::to_string(least) + " to 2147483647", got + "]");
+  QK_CHECK(ok, op, argument, std::to_string(count) + " numbers from " + std::to_string(least) + " to 2147483647", got + "]");
 }
 
 inline int64_t output_extent(const char* op, const char* dimension, int64_t size, int64_t padding, int64_t kernel,
                              int64_t stride, int64_t dilation) {
   const int64_t reach = dilation * (kernel - 1) + 1, padded = size + padding;
-  check(padded >= reach, op, "x",
-        "at least as large as the dilated kernel (" + std::to_string(reach) + ") in " + dimension + " with its padding",
-        padded);
+  QK_CHECK(padded >= reach, op, "x",
+           "at least as large as the dilated kernel (" + std::to_string(reach) + ") in " + dimension + " with its padding",
+           padded);
   return (padded - reach) / stride + 1;
 }
 
@@ -78,21 +78,21 @@ Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
                         scale,           shift, lower,  upper,  out_grid, out_kind, out_levels, out_dtype};
   const char* const op = call.op;
   check_activation(op, x);
-  check(x.dim() == 4, op, "x", "of shape [batch, channels, height, width]", shape_of(x));
+  QK_CHECK(x.dim() == 4, op, "x", "of shape [batch, channels, height, width]", shape_of(x));
   check_extents(op, "kernel_size", kernel_size, 2, 1);
   check_extents(op, "stride", stride, 2, 1);
   check_extents(op, "padding", padding, 4, 0);
   check_extents(op, "dilation", dilation, 2, 1);
-  check(groups >= 1 && x.size(1) % groups == 0, op, "groups", "a divisor of x's " + std::to_string(x.size(1)) + " channels",
-        groups);
+  QK_CHECK(groups >= 1 && x.size(1) % groups == 0, op, "groups",
+           "a divisor of x's " + std::to_string(x.size(1)) + " channels", groups);
   const int64_t taps = kernel_size[0] * kernel_size[1], channels = x.size(1) / groups;
-  check(taps <= kMaxExtent && taps * channels <= kMaxExtent, op, "kernel_size",
-        "of at most 2147483647 weights an output channel",
-        std::to_string(kernel_size[0]) + " x " + std::to_string(kernel_size[1]));
+  QK_CHECK(taps <= kMaxExtent && taps * channels <= kMaxExtent, op, "kernel_size",
+           "of at most 2147483647 weights an output channel",
+           std::to_string(kernel_size[0]) + " x " + std::to_string(kernel_size[1]));
   LowbitTensors tensors;
   LowbitArgs args = lowbit_args(call, taps * channels, tensors);
-  check(planes.size(1) % groups == 0, op, "planes",
-        "of a number of output channels that groups (" + std::to_string(groups) + ") divides", planes.size(1));
+  QK_CHECK(planes.size(1) % groups == 0, op, "planes",
+           "of a number of output channels that groups (" + std::to_string(groups) + ") divides", planes.size(1));
   args.geometry = conv_geometry(op, x, planes.size(1), kernel_size, stride, padding, dilation, groups);
 
   const bool channels_last = !x.is_contiguous() && is_channels_last(x);

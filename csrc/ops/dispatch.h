@@ -48,7 +48,7 @@ inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
 // The gradient of an output like x.
 inline Tensor gradient_of(const char* op, const Tensor& grad, const Tensor& x) {
   check_type(op, "grad", grad, x.scalar_type());
-  check(shape_of(grad) == shape_of(x), op, "grad", "of x's shape " + shape_of(x), shape_of(grad));
+  QK_CHECK(std::ranges::equal(grad.sizes(), x.sizes()), op, "grad", "of x's shape " + shape_of(x), shape_of(grad));
   check_same_device(op, "grad", grad, x);
   return in_layout_of(grad, x);
 }
@@ -60,8 +60,8 @@ inline Tensor new_sums(const Tensor& x, std::initializer_list<int64_t> shape) {
 
 inline int64_t axis_of(const char* op, const Tensor& x, int64_t axis) {
   const int64_t dim = x.dim();
-  check(axis >= -dim && axis < dim, op, "axis",
-        "None or in [" + std::to_string(-dim) + ", " + std::to_string(dim - 1) + "] for x of shape " + shape_of(x), axis);
+  QK_CHECK(axis >= -dim && axis < dim, op, "axis",
+           "None or in [" + std::to_string(-dim) + ", " + std::to_string(dim - 1) + "] for x of shape " + shape_of(x), axis);
   return axis < 0 ? axis + dim : axis;
 }
 

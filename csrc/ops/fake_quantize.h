@@ -9,26 +9,27 @@
 namespace qk::ops {
 
 inline Kind check_kind(const char* op, const char* argument, int64_t kind, Kind last) {
-  check(kind >= 0 && kind <= static_cast<int64_t>(last), op, argument,
-        "0 (uniform), 1 (binary)" + std::string(last >= Kind::kTernary ? ", 2 (ternary)" : "") +
-            (last >= Kind::kIdentity ? ", 3 (identity)" : ""),
-        kind);
+  QK_CHECK(kind >= 0 && kind <= static_cast<int64_t>(last), op, argument,
+           "0 (uniform), 1 (binary)" + std::string(last >= Kind::kTernary ? ", 2 (ternary)" : "") +
+               (last >= Kind::kIdentity ? ", 3 (identity)" : ""),
+           kind);
   return static_cast<Kind>(kind);
 }
 
 inline int64_t check_levels(const char* op, const char* argument, Kind kind, int64_t levels) {
-  if (kind == Kind::kBinary) check(levels == 1, op, argument, "1 for a binary quantizer", levels);
-  if (kind == Kind::kTernary) check(levels == 2, op, argument, "2 for a ternary quantizer", levels);
+  if (kind == Kind::kBinary) QK_CHECK(levels == 1, op, argument, "1 for a binary quantizer", levels);
+  if (kind == Kind::kTernary) QK_CHECK(levels == 2, op, argument, "2 for a ternary quantizer", levels);
   if (kind == Kind::kUniform || kind == Kind::kLearned)
-    check(levels >= 1 && levels <= kMaxLevels && (levels & (levels + 1)) == 0, op, argument,
-          "2^n - 1 with n from 1 to 8 for a " + std::string(kind == Kind::kLearned ? "learned basis" : "uniform quantizer"),
-          levels);
+    QK_CHECK(
+        levels >= 1 && levels <= kMaxLevels && (levels & (levels + 1)) == 0, op, argument,
+        "2^n - 1 with n from 1 to 8 for a " + std::string(kind == Kind::kLearned ? "learned basis" : "uniform quantizer"),
+        levels);
   return levels;
 }
 
 inline Ste check_ste(const char* op, const char* argument, Kind kind, int64_t ste) {
-  check(ste >= 0 && ste <= 2, op, argument, "0 (identity), 1 (clip) or 2 (full)", ste);
-  if (kind != Kind::kUniform) check(ste == 0, op, argument, "0 (identity) for a quantizer that is not uniform", ste);
+  QK_CHECK(ste >= 0 && ste <= 2, op, argument, "0 (identity), 1 (clip) or 2 (full)", ste);
+  if (kind != Kind::kUniform) QK_CHECK(ste == 0, op, argument, "0 (identity) for a quantizer that is not uniform", ste);
   return static_cast<Ste>(ste);
 }
 

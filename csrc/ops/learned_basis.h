@@ -10,9 +10,9 @@ namespace qk::ops {
 
 inline Tensor learned_basis_args(const char* op, const Tensor& x, const Tensor& basis_in, int64_t encoding,
                                  std::optional<int64_t> axis, LearnedBasisArgs& args) {
-  check(basis_in.dim() == 2 && basis_in.size(1) >= 1 && basis_in.size(1) <= kMaxBits, op, "basis",
-        "of shape [channels, n] with n from 1 to 8", shape_of(basis_in));
-  check(encoding == 0 || encoding == 1, op, "encoding", "0 ({-1, +1}) or 1 ({0, 1})", encoding);
+  QK_CHECK(basis_in.dim() == 2 && basis_in.size(1) >= 1 && basis_in.size(1) <= kMaxBits, op, "basis",
+           "of shape [channels, n] with n from 1 to 8", shape_of(basis_in));
+  QK_CHECK(encoding == 0 || encoding == 1, op, "encoding", "0 ({-1, +1}) or 1 ({0, 1})", encoding);
   args.layout = layout_of(op, x, axis);
   args.dtype = dtype_of(x);
   args.encoding = static_cast<Encoding>(encoding);
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> learned_basis_quantize(const Tensor& x_in, co
                                                           int64_t ste, std::optional<int64_t> axis, bool statistics) {
   constexpr const char* op = "learned_basis_quantize";
   check_float(op, "x", x_in);
-  check(ste == 0 || ste == 1, op, "ste", "0 (identity) or 1 (clip)", ste);
+  QK_CHECK(ste == 0 || ste == 1, op, "ste", "0 (identity) or 1 (clip)", ste);
   const Tensor x = dense(x_in);
   LearnedBasisArgs args{};
   const Tensor basis = learned_basis_args(op, x, basis_in, encoding, axis, args);
@@ -65,8 +65,8 @@ template <class Backend>
 Tensor learned_basis_encode(const Tensor& x_in, const Tensor& grid_in, std::optional<int64_t> axis) {
   constexpr const char* op = "learned_basis_encode";
   check_float(op, "x", x_in);
-  check(grid_in.dim() == 2 && grid_in.size(1) >= 2 && grid_in.size(1) <= 1 + kMaxBits, op, "grid",
-        "of shape [channels, 1 + n] with n from 1 to 8", shape_of(grid_in));
+  QK_CHECK(grid_in.dim() == 2 && grid_in.size(1) >= 2 && grid_in.size(1) <= 1 + kMaxBits, op, "grid",
+           "of shape [channels, 1 + n] with n from 1 to 8", shape_of(grid_in));
   const Tensor x = dense(x_in);
   LearnedEncodeArgs args{};
   args.layout = layout_of(op, x, axis);

@@ -42,8 +42,8 @@ inline std::optional<Tensor> optional_parameters(const char* op, const char* arg
 
 // Kinds that have codes.
 inline Kind check_coded_kind(const char* op, const char* argument, int64_t kind) {
-  check(kind >= 0 && kind <= static_cast<int64_t>(Kind::kLearned) && kind != static_cast<int64_t>(Kind::kIdentity), op,
-        argument, "0 (uniform), 1 (binary), 2 (ternary), 4 (learned)", kind);
+  QK_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Kind::kLearned) && kind != static_cast<int64_t>(Kind::kIdentity), op,
+           argument, "0 (uniform), 1 (binary), 2 (ternary), 4 (learned)", kind);
   return static_cast<Kind>(kind);
 }
 
@@ -52,30 +52,30 @@ inline void check_planes(const LowbitCall& call, Kind kind, int64_t columns) {
   const Tensor& planes = call.planes;
   check_type(call.op, "planes", planes, ScalarType::Int);
   check_same_device(call.op, "planes", planes, call.x);
-  check(planes.dim() == 3, call.op, "planes", "of shape [bits, out_channels, words]", shape_of(planes));
+  QK_CHECK(planes.dim() == 3, call.op, "planes", "of shape [bits, out_channels, words]", shape_of(planes));
   const int64_t bits = bits_of(kind, call.w_levels), words = (columns + 31) / 32;
-  check(planes.size(0) == bits && planes.size(2) == words, call.op, "planes",
-        "of shape [" + std::to_string(bits) + ", out_channels, " + std::to_string(words) + "] for rows of " +
-            std::to_string(columns) + " codes with w_levels " + std::to_string(call.w_levels),
-        shape_of(planes));
+  QK_CHECK(planes.size(0) == bits && planes.size(2) == words, call.op, "planes",
+           "of shape [" + std::to_string(bits) + ", out_channels, " + std::to_string(words) + "] for rows of " +
+               std::to_string(columns) + " codes with w_levels " + std::to_string(call.w_levels),
+           shape_of(planes));
 }
 
 inline ScalarType check_out_dtype(const LowbitCall& call) {
   const ScalarType type = call.x.scalar_type();
   if (call.out_grid) {
     const ScalarType codes = call.out_dtype.value_or(ScalarType::Byte);
-    check(codes == ScalarType::Byte, call.op, "out_dtype", "None or uint8 where out_grid asks for codes", codes);
+    QK_CHECK(codes == ScalarType::Byte, call.op, "out_dtype", "None or uint8 where out_grid asks for codes", codes);
     return codes;
   }
   const ScalarType out = call.out_dtype.value_or(type == ScalarType::Byte ? ScalarType::Float : type);
-  check(out == ScalarType::Float || out == ScalarType::Half || out == ScalarType::BFloat16, call.op, "out_dtype",
-        "None, float32, float16 or bfloat16 without out_grid", out);
+  QK_CHECK(out == ScalarType::Float || out == ScalarType::Half || out == ScalarType::BFloat16, call.op, "out_dtype",
+           "None, float32, float16 or bfloat16 without out_grid", out);
   return out;
 }
 
 inline void check_range(const LowbitCall& call) {
   const float lower = static_cast<float>(call.lower), upper = static_cast<float>(call.upper);
-  check(lower <= upper, call.op, "lower", "at most upper (" + text_of(upper) + ")", lower);
+  QK_CHECK(lower <= upper, call.op, "lower", "at most upper (" + text_of(upper) + ")", lower);
 }
 
 // Everything but x's strides, the geometry, and the output. `columns`: codes a weight row. The tensors that args points into
@@ -90,8 +90,8 @@ inline LowbitArgs lowbit_args(const LowbitCall& call, int64_t columns, LowbitTen
   check_planes(call, args.w_kind, columns);
   const int64_t out_channels = call.planes.size(1);
   check_range(call);
-  check(call.scale.has_value() == call.shift.has_value(), op, "shift", "given exactly where scale is",
-        call.shift ? "shift alone" : "scale alone");
+  QK_CHECK(call.scale.has_value() == call.shift.has_value(), op, "shift", "given exactly where scale is",
+           call.shift ? "shift alone" : "scale alone");
 
   const Tensor& x = call.x;
   tensors.planes = as_contiguous(call.planes);
@@ -133,8 +133,8 @@ inline LowbitArgs lowbit_args(const LowbitCall& call, int64_t columns, LowbitTen
 inline void check_activation(const char* op, const Tensor& x) {
   if (x.scalar_type() == ScalarType::Byte) return;
   const ScalarType type = x.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op, "x",
-        "float32, float16, bfloat16, or uint8 codes", type);
+  QK_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op, "x",
+           "float32, float16, bfloat16, or uint8 codes", type);
 }
 
 template <class Backend>
@@ -146,7 +146,7 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
   const LowbitCall call{"lowbit_linear", x,     x_grid, x_kind, x_levels, planes,   w_grid,     w_kind,   w_levels, bias,
                         scale,           shift, lower,  upper,  out_grid, out_kind, out_levels, out_dtype};
   check_activation(call.op, x);
-  check(x.dim() >= 1, call.op, "x", "of shape [..., in_features]", shape_of(x));
+  QK_CHECK(x.dim() >= 1, call.op, "x", "of shape [..., in_features]", shape_of(x));
   const int64_t features = x.size(x.dim() - 1);
   LowbitTensors tensors;
   LowbitArgs args = lowbit_args(call, features, tensors);

@@ -8,6 +8,7 @@ namespace qk::ops {
 inline void define_schemas(torch::stable::detail::StableLibrary& m) {
   // grid [channels, 3]: offset, step, threshold; kind 0 uniform, 1 binary, 2 ternary, 3 identity; levels: the highest code;
   // ste 0 identity, 1 clip, 2 full; axis None: per tensor. convex: the attention sums to one, which only the gradient uses.
+  // covered: no x lies outside the range of a uniform member, which decides nothing but speed.
 
   m.def("channel_stats(Tensor x, int? axis) -> Tensor");
   m.def("minmax_grids(Tensor x, int[] levels, int? axis) -> Tensor");
@@ -24,13 +25,13 @@ inline void define_schemas(torch::stable::detail::StableLibrary& m) {
 
   m.def(
       "attention_quantize(Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int[] stes, int? axis, "
-      "bool convex=False) -> Tensor");
+      "bool convex=False, bool covered=False) -> Tensor");
   m.def(
       "attention_quantize_backward(Tensor grad, Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, "
       "int[] stes, int? axis) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "attention_gradient(Tensor grad, Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int? axis) -> "
-      "Tensor");
+      "attention_gradient(Tensor grad, Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int? axis, "
+      "bool covered=False) -> Tensor");
 
   // basis [channels, n]; encoding 0 {-1, +1}, 1 {0, 1}; ste 0 identity, 1 clip. Results: q, B B^T [channels, n, n] and
   // B x [channels, n], for no channels without statistics.

@@ -30,7 +30,7 @@ Tensor minmax_grids(const Tensor& x_in, const std::vector<int64_t> levels, std::
   args.layout = layout_of(op, x, axis);
   args.dtype = dtype_of(x);
   args.count = static_cast<int64_t>(levels.size());
-  check(args.count >= 1 && args.count <= kMaxQuantizers, op, "levels", "of 1 to 8 widths", args.count);
+  QK_CHECK(args.count >= 1 && args.count <= kMaxQuantizers, op, "levels", "of 1 to 8 widths", args.count);
   for (int64_t k = 0; k < args.count; ++k) args.levels[k] = check_levels(op, "levels", Kind::kUniform, levels[k]);
   args.x = x.const_data_ptr();
   Tensor grids = new_sums(x, {args.count, args.layout.channels, kGridColumns});
@@ -60,7 +60,7 @@ template <class Backend>
 Tensor range_errors(const Tensor& x_in, const Tensor& candidates_in, int64_t levels, std::optional<int64_t> axis) {
   constexpr const char* op = "range_errors";
   check_float(op, "x", x_in);
-  check(candidates_in.dim() == 2, op, "candidates", "of shape [channels, J]", shape_of(candidates_in));
+  QK_CHECK(candidates_in.dim() == 2, op, "candidates", "of shape [channels, J]", shape_of(candidates_in));
   const Tensor x = dense(x_in);
   RangeErrorsArgs args{};
   args.layout = layout_of(op, x, axis);

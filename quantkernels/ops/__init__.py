@@ -8,6 +8,7 @@ from .conv import lowbit_conv2d
 from .fake_quantize import Kind, Ste, fake_quantize, grid_gradient
 from .learned_basis import Encoding, grid_of_basis, learned_basis_encode, learned_basis_quantize, level_table
 from .matmul import lowbit_linear
+from .minmax_mixture import minmax_mixture
 from .plan import plan
 from .stats import channel_stats, conditional_abs_mean, minmax_grids, range_errors
 
@@ -30,6 +31,7 @@ __all__ = [
     "lowbit_conv2d",
     "lowbit_linear",
     "minmax_grids",
+    "minmax_mixture",
     "pack_bitplanes",
     "plan",
     "quantize_pack",

@@ -74,11 +74,20 @@ def backends() -> Iterator[str]:
     return iter(NAMESPACES)
 
 
+def current_namespace() -> str:
+    """The namespace of torch.ops that ``call`` runs ops of."""
+    return NAMESPACES[_current]
+
+
+def traced() -> bool:
+    """Whether tracers or functorch's transforms look on, for which the dispatcher must see each op whole."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def call(op: str, *args: Any) -> Any:
     """Run op of the current backend's namespace; a kernel that is not there is one clear sentence."""
     namespace = NAMESPACES[_current]
-    # Tracers and functorch's transforms need the dispatcher to see the op whole.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if traced():
         return getattr(getattr(torch.ops, namespace), op).default(*args)
     try:
         return eager(op, namespace)(*args)

@@ -57,6 +57,11 @@ def eager(op: str, namespace: str) -> Callable[..., Any]:
     return _EAGER[key]
 
 
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its look for functorch's transforms: its caller has looked (:func:`traced`)."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 def _make_eager(op: str, namespace: str) -> Callable[..., Any]:
     rule, ops = RULES[op], getattr(torch.ops, namespace)
     packet = getattr(ops, op, None)
@@ -81,8 +86,7 @@ def _make_eager(op: str, namespace: str) -> Callable[..., Any]:
 
         backward = staticmethod(gradient)
 
-    # Function.apply looks for functorch's transforms first, which `call` has done already.
-    apply = super(torch.autograd.Function, Op).apply
+    apply = apply_of(Op)
 
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled():

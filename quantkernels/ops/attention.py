@@ -22,6 +22,7 @@ def attention_quantize(
     stes: Sequence[int],
     axis: int | None = None,
     convex: bool = False,
+    covered: bool = False,
 ) -> Tensor:
     """The mixture ``q = sum_k a_k Q_k(x)`` (DQA, equation 3); a = (1, 0, ...) gives Q_0 to the bit.
 
@@ -39,6 +40,9 @@ def attention_quantize(
         axis: the channel dimension, or None for one grid a member for the whole tensor.
         convex: the attention sums to one, as a softmax does. Where every ``ste`` is IDENTITY the gradient of ``x``
             is then that of q, and no pass is spent on multiplying it by a sum that is one up to rounding.
+        covered: no element lies outside the range of a uniform member, as where grids come from the smallest and the
+            largest of them: the result is the same, and nothing need be clamped. Where it is not true codes may be
+            out of range.
 
     Returns:
         Tensor like ``x``, in the dtype of ``x``; arithmetic is float32 with one rounding at the end.
@@ -46,7 +50,7 @@ def attention_quantize(
     Raises:
         RuntimeError: naming the argument, what it must be and what it was.
     """
-    return call("attention_quantize", x, attention, grids, kinds, levels, stes, axis, convex)
+    return call("attention_quantize", x, attention, grids, kinds, levels, stes, axis, convex, covered)
 
 
 def attention_gradient(
@@ -57,6 +61,7 @@ def attention_gradient(
     kinds: Sequence[int],
     levels: Sequence[int],
     axis: int | None = None,
+    covered: bool = False,
 ) -> Tensor:
     """The gradient of ``attention_quantize`` in its attention alone: <grad, Q_k(x)> for each k, float32 [K].
 
@@ -66,7 +71,7 @@ def attention_gradient(
     Raises:
         RuntimeError: naming the argument, what it must be and what it was.
     """
-    return call("attention_gradient", grad, x, attention, grids, kinds, levels, axis)
+    return call("attention_gradient", grad, x, attention, grids, kinds, levels, axis, covered)
 
 
 def _fake(
@@ -78,6 +83,7 @@ def _fake(
     stes: Sequence[int],
     axis: int | None,
     convex: bool = False,
+    covered: bool = False,
 ) -> Tensor:
     return torch.empty_like(x)
 
@@ -103,6 +109,7 @@ def _fake_gradient(
     kinds: Sequence[int],
     levels: Sequence[int],
     axis: int | None,
+    covered: bool = False,
 ) -> Tensor:
     return attention.new_empty(attention.shape, dtype=torch.float32)
 
@@ -120,21 +127,21 @@ def _grids_gradient(sums: Tensor, attention: Tensor, levels: Sequence[int], stes
 
 
 def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    kinds, levels, stes, axis, convex = ctx.options
+    kinds, levels, stes, axis, convex, covered = ctx.options
     x, attention, grids = ctx.saved_tensors
     for_x, for_attention, for_grids = ctx.needs_input_grad[:3]
     straight = not any(stes)  # all of them are Ste.IDENTITY: grids learn nothing
     if straight and (convex or not for_x):
         gradient = ops.attention_gradient.default
-        alone = gradient(grad, x, attention, grids, kinds, levels, axis) if for_attention else None
-        return grad if for_x else None, alone, *(None,) * 6
+        alone = gradient(grad, x, attention, grids, kinds, levels, axis, covered) if for_attention else None
+        return grad if for_x else None, alone, *(None,) * 7
     if straight and not for_attention:
         slope = sum(attention.unbind())  # in the order of k, as the kernel adds them
-        return (grad.float() * slope).to(grad.dtype), *(None,) * 7
+        return (grad.float() * slope).to(grad.dtype), *(None,) * 8
     backward = ops.attention_quantize_backward.default
     grad_x, grad_attention, sums = backward(grad, x, attention, grids, kinds, levels, stes, axis)
     grad_grids = _grids_gradient(sums, attention, levels, stes) if for_grids and not straight else None
-    return grad_x if for_x else None, grad_attention, grad_grids, *(None,) * 5
+    return grad_x if for_x else None, grad_attention, grad_grids, *(None,) * 6
 
 
 rules("attention_quantize", OpRules(_fake, _backward, _setup_context))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .base import Quantizer
 from .mixture import Mixture
 
@@ -39,6 +40,13 @@ class Attention(Mixture):
     def weights(self) -> Tensor:
         """The attention."""
         return self.attention()
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """sum_k a_k Q_k(x), or Q_selected(x), in the shape and dtype of x; and a function that gives it again."""
+        if self.choice >= 0 or not self._covers:
+            return super().quantize(x)
+        q, *made_with = ops.minmax_mixture(x, self.logits, self.temperature, self._levels, self.axis)
+        return q, lambda x: self._mixed(x, *made_with)
 
     @torch.no_grad()
     def normalise_(self) -> None:

@@ -81,6 +81,11 @@ class Mixture(Quantizer):
         self._all_minmax = all(type(q) is MinMax and not q.tracking for q in members)
 
     @property
+    def _covers(self) -> bool:
+        """Whether every grid reaches from the smallest to the largest element of the tensor at hand."""
+        return self._all_minmax and not self.tracking
+
+    @property
     def members(self) -> list[Quantizer]:
         """The K quantizers, by bits."""
         return list(self.quantizers)  # type: ignore[arg-type]
@@ -128,9 +133,8 @@ class Mixture(Quantizer):
 
     def grids(self, x: Tensor) -> Tensor:
         """float32 [K, C, 3]: the grids of all members for this x."""
-        if self._all_minmax and not self.tracking:
-            with torch.no_grad():
-                return ops.minmax_grids(x, self._levels, self.axis)
+        if self._covers:
+            return ops.minmax_grids(x.detach(), self._levels, self.axis)
         members = self.members
         stats = None
         if any(q.needs_statistics and q.reads_batch(x) for q in members):
@@ -150,14 +154,12 @@ class Mixture(Quantizer):
         if current is not None:
             return current.quantize(x)
         weights, grids = self.weights(), self.grids(x)
+        q = self._mixed(x, weights, grids)
+        return q, lambda x: self._mixed(x, weights.detach(), grids.detach())
 
-        def mixed(x: Tensor, weights: Tensor, grids: Tensor) -> Tensor:
-            return ops.attention_quantize(
-                x, weights, grids, self._kinds, self._levels, self._stes, self.axis, convex=True
-            )
-
-        fixed = weights.detach(), grids.detach()
-        return mixed(x, weights, grids), lambda x: mixed(x, *fixed)
+    def _mixed(self, x: Tensor, weights: Tensor, grids: Tensor) -> Tensor:
+        options = self._kinds, self._levels, self._stes, self.axis
+        return ops.attention_quantize(x, weights, grids, *options, convex=True, covered=self._covers)
 
     def encode(self, x: Tensor) -> BitPlanes:
         """The codes of the selected quantizer. Raises RuntimeError while this is a mixture."""

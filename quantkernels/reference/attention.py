@@ -30,6 +30,7 @@ def attention_quantize(
     stes: Sequence[int],
     axis: int | None = None,
     convex: bool = False,
+    covered: bool = False,
 ) -> Tensor:
     """attention float32 [K], grids float32 [K, C, 3] -> q in the shape and dtype of x.
 
@@ -95,6 +96,7 @@ def attention_gradient(
     kinds: Sequence[int],
     levels: Sequence[int],
     axis: int | None = None,
+    covered: bool = False,
 ) -> Tensor:
     """float32 [K]: sum g*Q_k(x), whatever the attention."""
     return attention_quantize_backward(grad, x, attention, grids, kinds, levels, [0] * len(kinds), axis)[1]

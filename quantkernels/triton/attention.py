@@ -160,6 +160,7 @@ def attention_quantize(
     stes: Sequence[int],
     axis: int | None,
     convex: bool = False,
+    covered: bool = False,
 ) -> Tensor:
     """``quantkernels.ops.attention_quantize``."""
     op = "attention_quantize"
@@ -210,6 +211,7 @@ def attention_gradient(
     kinds: Sequence[int],
     levels: Sequence[int],
     axis: int | None,
+    covered: bool = False,
 ) -> Tensor:
     """``quantkernels.ops.attention_gradient``."""
     op, stes = "attention_gradient", [0] * len(kinds)

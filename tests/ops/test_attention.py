@@ -52,6 +52,28 @@ def test_members_on_one_range_clamp_alike(backend, low, high, axis):
         assert_bit_equal(q, reference.attention_quantize(x, *options))
 
 
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [(2, 4, 8), (1, 3), (1, 2, 5, 6)], ids=str)
+def test_a_range_that_covers_x_needs_no_clamp(backend, bits, dtype, axis):
+    """Grids from x itself, also of a constant channel and of one with an infinity: with the promise the same bits."""
+    x = torch.randn(4, 16, 37, generator=torch.Generator().manual_seed(len(bits)))
+    x[0], x[:, 1], x[2, 2, 3] = 1e-3 * x[0], 0.7, INF if axis else 3.0
+    x = x.to(dtype).to(backend.device)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    levels, zeros = [2**n - 1 for n in bits], [0] * len(bits)
+    attention = torch.softmax(torch.arange(len(bits), device=x.device).float(), 0)
+    grids = backend.ops.minmax_grids(x, levels, axis)
+    results = []
+    for covered in (False, True):
+        q = backend.ops.attention_quantize(x, attention, grids, zeros, levels, zeros, axis, True, covered)
+        along = backend.ops.attention_gradient(grad, x, attention, grids, zeros, levels, axis, covered)
+        results.append((q, along))
+    for plain, promised in zip(*results, strict=True):
+        assert_bit_equal(promised, plain)
+    assert_bit_equal(q, reference.attention_quantize(*on_cpu(x, attention, grids), zeros, levels, zeros, axis))
+
+
 @pytest.mark.parametrize("problem", attention_problems(), ids=str)
 def test_backward(backend, problem):
     x, attention, grids = arguments(problem, backend.device)
@@ -189,6 +211,7 @@ def test_opcheck(backend, problem):
     kinds, levels, stes, axis = problem.quantizers
     opcheck(backend.ops.attention_quantize.default, (*leaves, kinds, levels, [0] * len(stes), axis, True))
     opcheck(backend.ops.attention_gradient.default, (inputs[0], *plain, kinds, levels, axis))
+    opcheck(backend.ops.attention_quantize.default, (*leaves, kinds, levels, [0] * len(stes), axis, True, True))
 
 
 COMPLAINTS = {

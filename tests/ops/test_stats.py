@@ -83,8 +83,6 @@ def test_extremes_of_half_types(backend, dtype, signs):
             )
             assert_bit_equal(stats[:, :2], expected[:, :2])
             assert_sums_close(stats[:, 2:], expected[:, 2:], expected[:, 2:], x.numel() // len(expected))
-            grids = backend.ops.minmax_grids(half.to(backend.device), [15], axis)
-            assert_bit_equal(grids, reference.minmax_grids(half, [15], axis))
 
 
 def test_a_nan_makes_its_channel_nan_and_no_other(backend):

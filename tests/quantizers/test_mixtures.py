@@ -103,6 +103,7 @@ def test_statistics_are_read_once_for_all_members(monkeypatch):
 
     count("channel_stats")
     count("minmax_grids")
+    count("minmax_mixture")
     for kind, expected in (("minmax", 1), ("sawb", 1), ("binary ternary minmax", 1), ("pact", 0)):
         calls.clear()
         qk.Attention(members(kind))(torch.randn(30))
