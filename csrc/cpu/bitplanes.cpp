@@ -62,6 +62,15 @@ void pack_codes(const uint8_t* codes, int64_t n, Kind kind, int bits, int32_t* p
   }
 }
 
+#if defined(__AVX512F__)
+// What a conversion to bytes that also saturates below makes the code.
+template <Kind kKind>
+inline Vec unclamped_code(Vec value, const GridVec& grid, Vec levels) {
+  if constexpr (kKind == Kind::kUniform) return min(levels, position_of(value, grid));
+  return code_of<kKind>(value, grid, levels);
+}
+#endif
+
 // As many of the first n values as are whole blocks, from floats to planes; returns how many. Adds the ones to counts[bits].
 template <Kind kKind, class T>
 int64_t quantize_pack_blocks([[maybe_unused]] const T* x, [[maybe_unused]] int64_t n, [[maybe_unused]] GridVec grid,
@@ -75,9 +84,10 @@ int64_t quantize_pack_blocks([[maybe_unused]] const T* x, [[maybe_unused]] int64
 #pragma GCC unroll 8
     for (int row = 0; row < kMaxBits; ++row) {
       Vec values[4];
+      load_block(x + i + row * kBytes, values);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) values[v] = unrounded_code<kKind>(load(x + i + row * kBytes + v * kLanes), grid, levels);
-      digits[row] = split_values(values);
+      for (Vec& value : values) value = unclamped_code<kKind>(value, grid, levels);
+      digits[row] = split_values<T>(values);
     }
     transpose_eights(digits);
     if constexpr (kKind == Kind::kTernary) digits[0] = _mm512_or_si512(digits[0], digits[1]);  // thermometers

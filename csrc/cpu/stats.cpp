@@ -34,8 +34,9 @@ struct ChannelStats {
 #if defined(__AVX512F__)
 // 32 elements of a half type at a time. Their minima and maxima come from the integers that their bits are: without a sign
 // larger ones are larger numbers, with it smaller ones, and as unsigned integers all with a sign are above all without.
-// Where both occur, the least integer is neither, so it is followed no longer.
-template <class T>
+// Where both occur, the least integer is neither, so it is followed no longer. kAdds: the sums are wanted; without them sum
+// |x| tells no more than whether there is a NaN.
+template <class T, bool kAdds>
 struct ChannelStatsOfHalves : ChannelStats<T> {
   struct Pairs {
     __m512i largest_signed = _mm512_set1_epi16(-0x8000), largest = _mm512_setzero_si512(), least = _mm512_set1_epi16(-1);
@@ -52,10 +53,10 @@ struct ChannelStatsOfHalves : ChannelStats<T> {
     to.largest_signed = _mm512_max_epi16(to.largest_signed, bits);
     to.largest = _mm512_max_epu16(to.largest, bits);
     if constexpr (!kSettled) to.least = _mm512_min_epu16(to.least, bits);
+    if constexpr (!kAdds) return;
     const TwoVecs magnitude = widen_magnitudes(bits, this->x + i);
     // One sum on the units that add, one on those that multiply.
-    to.magnitudes = {to.magnitudes.first + magnitude.first,
-                     multiply_add(magnitude.second, splat(1.0f), to.magnitudes.second)};
+    to.magnitudes = {to.magnitudes.first + magnitude.first, multiplier_add(magnitude.second, to.magnitudes.second)};
     to.squares = {multiply_add(magnitude.first, magnitude.first, to.squares.first),
                   multiply_add(magnitude.second, magnitude.second, to.squares.second)};
   }
@@ -72,12 +73,17 @@ struct ChannelStatsOfHalves : ChannelStats<T> {
       sums[0][s] = part.first;
       sums[1][s] = part.second;
     }
+    if constexpr (kAdds) return;
+    // As integers, NaNs are beyond infinity on both sides.
+    const Vec zero = splat(0.0f);
+    for (Vec* const sum : sums)
+      sum[2] = select(equal(sum[0], sum[0]), zero, sum[0]) + select(equal(sum[1], sum[1]), zero, sum[1]);
   }
 };
-template <>
-struct ChannelStatsOfHalves<float> : ChannelStats<float> {};
+template <bool kAdds>
+struct ChannelStatsOfHalves<float, kAdds> : ChannelStats<float> {};
 #else
-template <class T>
+template <class T, bool>
 using ChannelStatsOfHalves = ChannelStats<T>;
 #endif
 
@@ -140,7 +146,10 @@ void channel_stats(const StatsArgs& args) {
   const ChannelTable table(args.layout, walk, 0, [](int64_t, float*) {});
   const int64_t channels = args.layout.channels;
   with_type(args.dtype, [&]<class T>(T*) {
-    const auto totals = traverse(args.layout, walk, table, ChannelStatsOfHalves<T>{{static_cast<const T*>(args.x)}});
+    const auto run = [&]<bool kAdds>() {
+      return traverse(args.layout, walk, table, ChannelStatsOfHalves<T, kAdds>{{static_cast<const T*>(args.x)}});
+    };
+    const std::vector<double> totals = args.stats ? run.template operator()<true>() : run.template operator()<false>();
     for (int64_t c = 0; c < channels; ++c) {
       // The minima and maxima of vectors pass over NaN; sum |x| is NaN exactly where there is one.
       const bool nan = std::isnan(totals[2 * channels + c]);

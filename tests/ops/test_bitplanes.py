@@ -72,6 +72,24 @@ def test_pack_unpack_and_both_at_once(backend, case):
     assert_bit_equal(backend.ops.unpack_bitplanes(planes, kind, case["columns"]), codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("levels", [1, 15, 255])
+def test_codes_of_ties_and_of_what_no_integer_holds(backend, dtype, levels):
+    generator = torch.Generator().manual_seed(levels)
+    x = 3 * torch.randn(2, 1100, generator=generator)
+    x[:, ::7] = torch.randint(-3, levels + 3, (2, 158), generator=generator) + 0.5
+    inf, nan = float("inf"), float("nan")
+    odd = torch.tensor([nan, -nan, inf, -inf, 3e38, -3e38, 65504.0, -65504.0, -0.0, 1e-40, 2.0**31, -(2.0**31)])
+    x[:, 500:512] = odd
+    x = x.to(dtype)
+    for grid in ([[0.0, 1.0, 0.0]], [[-2.0, 0.3, 0.0]], [[1.0, 1e-30, 0.0]]):
+        arguments = (torch.tensor(grid), Kind.UNIFORM, levels, None)
+        planes, sums = backend.ops.quantize_pack(x.to(backend.device), arguments[0].to(backend.device), *arguments[1:])
+        expected_planes, expected_sums = reference.quantize_pack(x, *arguments)
+        assert_bit_equal(planes, expected_planes)
+        assert_bit_equal(sums, expected_sums)
+
+
 @given(size=SIZES, quantizer=st.sampled_from(QUANTIZERS), seed=st.integers(0, 2**16))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_packing_loses_nothing_and_pads_with_zeros(backend, size, quantizer, seed):
