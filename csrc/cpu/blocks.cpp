@@ -26,7 +26,9 @@ void* map_block(size_t bytes) {
   const size_t before = block - begin;
   if (before > 0) munmap(begin, before);
   if (more > before) munmap(block + bytes, more - before);
+#ifdef MADV_HUGEPAGE
   if (bytes >= kHugePage) madvise(block, bytes, MADV_HUGEPAGE);  // a wish: where it is not granted nothing changes
+#endif
   return block;
 }
 

@@ -18,14 +18,14 @@ extern const Kernels kKernels;
 
 namespace {
 
-void run_serially(int64_t count, int64_t, void* context, Body body) { body(context, 0, count); }
+void run_serially(int64_t count, int64_t, int64_t, void* context, Body body) { body(context, 0, count); }
 ParallelFor current_parallel_for = run_serially;
 
 }  // namespace
 
 void set_parallel_for(ParallelFor run) { current_parallel_for = run; }
-void run_parallel(int64_t count, int64_t grain, void* context, Body body) {
-  current_parallel_for(count, grain, context, body);
+void run_parallel(int64_t count, int64_t grain, int64_t pieces, void* context, Body body) {
+  current_parallel_for(count, grain, pieces, context, body);
 }
 
 const Kernels& kernels() {

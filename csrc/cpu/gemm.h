@@ -139,7 +139,7 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
   const Output output(args);
   const int64_t pixels = args.geometry.batch * args.geometry.out_height * args.geometry.out_width;
   const int64_t blocks = (pixels + plan.block - 1) / plan.block, chunks = (plan.panels() + plan.chunk - 1) / plan.chunk;
-  parallel_for(plan.groups * blocks * chunks, 1, [&](int64_t begin, int64_t end) {
+  const auto tasks = [&](int64_t begin, int64_t end) {
     Rows<typename Tiles::Code> rows(plan, Source::kGathers);
     Tiles tiles(args, plan, weights, epilogue);
     const int64_t padded = (plan.block + kLanes - 1) / kLanes * kLanes;
@@ -170,7 +170,8 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
                      std::min<int64_t>(kPanelLanes, plan.group_channels - column), turned.data());
       }
     }
-  });
+  };
+  parallel_for(plan.groups * blocks * chunks, 1, tasks, 1);
 }
 
 template <class Source>

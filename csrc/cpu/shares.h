@@ -13,11 +13,11 @@ namespace qk::cpu {
 
 class Shares {
  public:
-  // [0, count) for at most `threads` threads, in pieces of at least `grain` but for the last of a share.
-  Shares(int64_t count, int64_t grain, int64_t threads)
+  // [0, count) for at most `threads` threads; a share in at most `pieces`, of at least `grain` but for the last.
+  Shares(int64_t count, int64_t grain, int64_t threads, int64_t pieces)
       : shares_(std::clamp<int64_t>((count + grain - 1) / grain, 1, std::max<int64_t>(threads, 1))) {
     const int64_t each = (count + size() - 1) / size();
-    chunk_ = std::max(grain, (each + kChunks - 1) / kChunks);
+    chunk_ = std::max(grain, (each + pieces - 1) / pieces);
     for (int64_t s = 0; s < size(); ++s) {
       shares_[s].next = std::min(s * each, count);
       shares_[s].end = std::min((s + 1) * each, count);
@@ -36,8 +36,7 @@ class Shares {
   }
 
  private:
-  static constexpr int64_t kChunks = 16;  // of a share: the last one of the slowest thread is all that others wait for
-  struct alignas(64) Share {              // a cache line, so that threads do not disturb each other
+  struct alignas(64) Share {  // a cache line, so that threads do not disturb each other
     std::atomic<int64_t> next;
     int64_t end;
   };

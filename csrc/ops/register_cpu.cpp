@@ -20,9 +20,9 @@ namespace {
 
 // Kernels split their work through torch's thread pool, so torch.set_num_threads holds for them too.
 [[maybe_unused]] const bool kParallelSet = [] {
-  cpu::set_parallel_for([](int64_t count, int64_t grain, void* context, cpu::Body body) {
+  cpu::set_parallel_for([](int64_t count, int64_t grain, int64_t pieces, void* context, cpu::Body body) {
     const int64_t threads = torch::stable::get_num_threads();
-    cpu::Shares shares(count, grain, threads);
+    cpu::Shares shares(count, grain, threads, pieces);
     if (shares.size() == 1) return body(context, 0, count);
     torch::stable::parallel_for(0, shares.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t share = begin; share < end; ++share) shares.work(share, context, body);
