@@ -4,7 +4,10 @@
 
 #include "cpu/attention.h"
 
+#include <type_traits>
+
 #include "cpu/grid.h"
+#include "cpu/halves.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 namespace {
@@ -94,10 +97,24 @@ struct Forward : Members<kMix, kCount, true> {
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const typename Base::Params& p, Vec*) const {
-    const Vec value = load(x + i, lanes), shared = Base::shared(value, p);
+    out.put(i, mixture(load(x + i, lanes), p), lanes);
+  }
+
+#if defined(__AVX512F__)
+  void pair(int64_t i, const typename Base::Params& p) const
+    requires std::is_same_v<T, BFloat16>
+  {
+    const TwoVecs values = widen(load_bits(x + i), x);
+    out.put_bits(i, narrow({mixture(values.first, p), mixture(values.second, p)}, x));
+  }
+#endif
+
+ private:
+  Vec mixture(Vec value, const typename Base::Params& p) const {
+    const Vec shared = Base::shared(value, p);
     Vec q = p.base;
     for (int k = 0; k < this->size(); ++k) q = q + p.weight[k] * this->code(k, value, shared, p);
-    out.put(i, q, lanes);
+    return q;
   }
 };
 

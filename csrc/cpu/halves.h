@@ -23,6 +23,12 @@ inline TwoVecs widen(__m512i bits, const BFloat16*) {
           {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
 }
 
+// The inverse of widen().
+inline __m512i narrow(TwoVecs a, const BFloat16*) {
+  const __m512i even = _mm512_srli_epi32(round_to_bfloat16(a.first), 16), odd = round_to_bfloat16(a.second);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, even, odd);
+}
+
 // widen() of the magnitudes of the elements at p, whose bits these are. To load those of Half again costs less than to take
 // a register apart.
 inline TwoVecs widen_magnitudes(__m512i, const Half* p) {

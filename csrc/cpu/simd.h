@@ -81,16 +81,18 @@ inline Vec load(const Half* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loa
 inline Vec load(const BFloat16* p, int n) { return from_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
 inline __m256i to_half(Vec a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// Not vcvtneps2bf16: that instruction flushes subnormals.
-inline __m256i to_bfloat16(Vec a) {
+// The upper half of each 32 bits. Not vcvtneps2bf16: that instruction flushes subnormals.
+inline __m512i round_to_bfloat16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v), half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
   const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __m512i rounded = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+inline __m256i to_bfloat16(Vec a) {
   const __m512i high = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15,
                                         13, 11, 9, 7, 5, 3, 1);
-  return _mm512_castsi512_si256(
-      _mm512_permutexvar_epi16(high, _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000))));
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high, round_to_bfloat16(a)));
 }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(Half* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(a)); }

@@ -10,7 +10,9 @@
 //   static constexpr Combine combine(int s)        optional; without it every accumulator is a sum
 //   Params params(field)                           field(f) gives column f of the ChannelTable for the lanes at hand
 //   void operator()(int64_t i, Lanes, const Params&, Vec* sums)      elements [i, i + lanes): Whole{} or First{n}
-// It may also take two vectors at a time, with accumulators of a form of its own that begin empty:
+// In runs it may also take two vectors at a time:
+//   void pair(int64_t i, const Params&)            elements [i, i + 2 * kLanes); kSums is 0
+// or, in runs and columns, with accumulators of a form of its own that begin empty:
 //   struct Pairs { bool settled() const; }         settled: from here on, less work will do
 //   template <bool kSettled> void add(int64_t i, Pairs&) const      elements [i, i + 2 * kLanes)
 //   void finish(const Pairs&, Vec (&sums)[2][kSums + 1]) const      of at least one add: as operator() would have them
@@ -86,6 +88,16 @@ struct Results {
     }
   }
   void put(int64_t i, Vec v, First lanes) const { store(data + i, v, lanes); }
+#if defined(__AVX512F__)
+  void put_bits(int64_t i, __m512i bits) const {
+    if (streams) {  // which asks for no more alignment than a vector of T has
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(data + i), _mm512_castsi512_si256(bits));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(data + i + kLanes), _mm512_extracti64x4_epi64(bits, 1));
+    } else {
+      _mm512_storeu_si512(data + i, bits);
+    }
+  }
+#endif
 };
 
 // Parameters of the channels, a field a row: one entry a channel for runs, one entry a column for columns.
@@ -205,6 +217,10 @@ inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t
       for (const Vec* half : both) merge_sums<Op>(sums[0], half);
       i += count * 2 * kLanes;
     }
+  }
+  if constexpr (requires { op.pair(i, params); }) {
+#pragma GCC unroll 2
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) op.pair(i, params);
   }
   for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes)
     for (int u = 0; u < kUnroll; ++u) op(i + u * kLanes, Whole{}, params, sums[u]);
