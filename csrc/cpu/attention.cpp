@@ -144,6 +144,12 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
     }
   }
 
+  template <int kVectors>
+  void prefetch(int64_t i) const {
+    prefetch_elements<kVectors * kLanes>(x + i);
+    prefetch_elements<kVectors * kLanes>(grad + i);
+  }
+
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const typename Base::Params& p, Vec* sums) const {
     const Vec g = load(grad + i, lanes), value = load(x + i, lanes), shared = Base::shared(value, p);
@@ -187,17 +193,23 @@ bool shares_range(const AttentionArgs& args, int64_t k, int64_t c) {
 
 ChannelTable members_table(const AttentionArgs& args, const Walk& walk) {
   const int fields = 1 + kFields * static_cast<int>(args.count);
-  return ChannelTable(args.layout, walk, fields, [&](int64_t c, float* values) {
-    values[0] = 0.0f;
+  return ChannelTable(args.layout, walk, fields, [&](const auto& field) {
+    const int64_t channels = args.layout.channels;
+    float* const base = field(0);  // the table begins with zeros
     for (int64_t k = 0; k < args.count; ++k) {
-      const float* const row = grid_row(args, k, c);
-      const bool identity = args.kinds[k] == Kind::kIdentity;
-      if (!identity) values[0] = values[0] + args.attention[k] * row[0];
-      float* const mine = values + 1 + kFields * k;
-      mine[0] = row[0];
-      mine[1] = inverse_step(row[1]);
-      mine[2] = identity ? args.attention[k] : args.attention[k] * row[1];
-      mine[3] = args.kinds[k] == Kind::kUniform ? range_of(args, k, c) : row[2];
+      const int first = 1 + kFields * static_cast<int>(k);
+      float *const offset = field(first), *const inverse = field(first + 1), *const weight = field(first + 2);
+      float* const bound = field(first + 3);
+      const float attention = args.attention[k];
+      const bool identity = args.kinds[k] == Kind::kIdentity, uniform = args.kinds[k] == Kind::kUniform;
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* const row = grid_row(args, k, c);
+        if (!identity) base[c] = base[c] + attention * row[0];
+        offset[c] = row[0];
+        inverse[c] = inverse_step(row[1]);
+        weight[c] = identity ? attention : attention * row[1];
+        bound[c] = uniform ? range_of(args, k, c) : row[2];
+      }
     }
   });
 }

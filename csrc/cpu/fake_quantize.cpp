@@ -43,6 +43,12 @@ struct Backward {
     return grid_params(field);
   }
 
+  template <int kVectors>
+  void prefetch(int64_t i) const {
+    prefetch_elements<kVectors * kLanes>(x + i);
+    prefetch_elements<kVectors * kLanes>(grad + i);
+  }
+
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec* sums) const {
     const Vec g = load(grad + i, lanes), zero = splat(0.0f);

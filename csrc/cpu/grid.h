@@ -11,12 +11,15 @@ struct GridVec {
 };
 
 inline ChannelTable grid_table(const Layout& layout, const Walk& walk, const float* grid) {
-  return ChannelTable(layout, walk, 4, [&](int64_t c, float* values) {
-    const float* row = grid + c * kGridColumns;
-    values[0] = row[0];
-    values[1] = row[1];
-    values[2] = inverse_step(row[1]);
-    values[3] = row[2];
+  return ChannelTable(layout, walk, 4, [&](const auto& field) {
+    float *const offset = field(0), *const step = field(1), *const inverse = field(2), *const threshold = field(3);
+    for (int64_t c = 0; c < layout.channels; ++c) {
+      const float* row = grid + c * kGridColumns;
+      offset[c] = row[0];
+      step[c] = row[1];
+      inverse[c] = inverse_step(row[1]);
+      threshold[c] = row[2];
+    }
   });
 }
 

@@ -15,8 +15,9 @@ namespace {
 
 // The channel travels through the ChannelTable as the bits of an int.
 ChannelTable channel_numbers(const Layout& layout, const Walk& walk) {
-  return ChannelTable(layout, walk, 1,
-                      [](int64_t c, float* values) { values[0] = std::bit_cast<float>(static_cast<int32_t>(c)); });
+  return ChannelTable(layout, walk, 1, [&](const auto& field) {
+    for (int64_t c = 0; c < layout.channels; ++c) field(0)[c] = std::bit_cast<float>(static_cast<int32_t>(c));
+  });
 }
 
 // kBits: of the one channel of a run; 0: any number, each lane with a channel of its own.
@@ -168,8 +169,8 @@ void learned_basis_backward(const LearnedBasisArgs& args) {
   const Walk walk = walk_of(args.layout);
   const int entries = level_entries(args.bits), top = (2 << args.bits) - 1;  // the last leaf
   const LevelTables tables(rows_of(args).data(), args.layout.channels, args.bits, args.encoding);
-  const ChannelTable limits(args.layout, walk, 1, [&](int64_t c, float* values) {
-    values[0] = tables.of(c)[kLevels * entries + (top & (entries - 1))];
+  const ChannelTable limits(args.layout, walk, 1, [&](const auto& field) {
+    for (int64_t c = 0; c < args.layout.channels; ++c) field(0)[c] = tables.of(c)[kLevels * entries + (top & (entries - 1))];
   });
   with_type(args.dtype, [&]<class T>(T*) {
     traverse(args.layout, walk, limits,

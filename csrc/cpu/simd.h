@@ -470,27 +470,33 @@ inline void store(T* p, Vec a, First lanes) {
 inline void store_codes(uint8_t* p, Vec a, Whole) { store_codes(p, a); }
 inline void store_codes(uint8_t* p, Vec a, First lanes) { store_codes(p, a, lanes.n); }
 
+// f of all lanes, the two halves of what is left at a time: a tree, the same for every ISA of equal width.
+template <class F>
+inline float fold_lanes(Vec a, const F& f) {
+#if defined(__AVX512F__)
+  a = f(a, Vec{_mm512_shuffle_f32x4(a.v, a.v, 0x4e)});
+  a = f(a, Vec{_mm512_shuffle_f32x4(a.v, a.v, 0xb1)});
+  a = f(a, Vec{_mm512_shuffle_ps(a.v, a.v, 0x4e)});
+  a = f(a, Vec{_mm512_shuffle_ps(a.v, a.v, 0xb1)});
+  return _mm512_cvtss_f32(a.v);
+#elif defined(__AVX2__)
+  a = f(a, Vec{_mm256_permute2f128_ps(a.v, a.v, 1)});
+  a = f(a, Vec{_mm256_shuffle_ps(a.v, a.v, 0x4e)});
+  a = f(a, Vec{_mm256_shuffle_ps(a.v, a.v, 0xb1)});
+  return _mm256_cvtss_f32(a.v);
+#else
+  for (int width = kLanes / 2; width > 0; width /= 2) a = f(a, map([&](int i) { return a.v[(i + width) % kLanes]; }));
+  return a.v[0];
+#endif
+}
 inline float lane_sum(Vec a) {
-  float lanes[kLanes];
-  store(lanes, a);
-  // A tree, the same for every ISA of equal width.
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  return fold_lanes(a, [](Vec b, Vec c) { return b + c; });
 }
 inline float lane_min(Vec a) {
-  float lanes[kLanes];
-  store(lanes, a);
-  float r = lanes[0];
-  for (int i = 1; i < kLanes; ++i) r = lanes[i] < r || lanes[i] != lanes[i] ? lanes[i] : r;
-  return r;
+  return fold_lanes(a, [](Vec b, Vec c) { return min(b, c); });
 }
 inline float lane_max(Vec a) {
-  float lanes[kLanes];
-  store(lanes, a);
-  float r = lanes[0];
-  for (int i = 1; i < kLanes; ++i) r = lanes[i] > r || lanes[i] != lanes[i] ? lanes[i] : r;
-  return r;
+  return fold_lanes(a, [](Vec b, Vec c) { return max(b, c); });
 }
 
 inline Vec clamp_code(Vec v, Vec levels) { return min(levels, max(splat(0.0f), v)); }

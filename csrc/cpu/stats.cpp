@@ -21,6 +21,11 @@ struct ChannelStats {
     return {};
   }
 
+  template <int kVectors>
+  void prefetch(int64_t i) const {
+    prefetch_elements<kVectors * kLanes>(x + i);
+  }
+
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, NoParams, Vec* sums) const {
     const Vec value = load(x + i, lanes);
@@ -143,7 +148,7 @@ struct RangeErrors {
 
 void channel_stats(const StatsArgs& args) {
   const Walk walk = walk_of(args.layout);
-  const ChannelTable table(args.layout, walk, 0, [](int64_t, float*) {});
+  const ChannelTable table(args.layout, walk, 0, [](const auto&) {});
   const int64_t channels = args.layout.channels;
   with_type(args.dtype, [&]<class T>(T*) {
     const auto run = [&]<bool kAdds>() {
@@ -163,7 +168,8 @@ void channel_stats(const StatsArgs& args) {
 
 void conditional_abs_mean(const ConditionalMeanArgs& args) {
   const Walk walk = walk_of(args.layout);
-  const ChannelTable table(args.layout, walk, 1, [&](int64_t c, float* values) { values[0] = args.threshold[c]; });
+  const ChannelTable table(args.layout, walk, 1,
+                           [&](const auto& field) { std::copy_n(args.threshold, args.layout.channels, field(0)); });
   const int64_t channels = args.layout.channels;
   with_type(args.dtype, [&]<class T>(T*) {
     const auto totals = traverse(args.layout, walk, table, ConditionalMean<T>{static_cast<const T*>(args.x)});
@@ -178,13 +184,14 @@ void range_errors(const RangeErrorsArgs& args) {
   const float levels = static_cast<float>(args.levels);
   for (int64_t first = 0; first < count; first += kRangesAtOnce) {
     // Past the last candidate the group repeats it.
-    const ChannelTable table(args.layout, walk, 3 * kRangesAtOnce, [&](int64_t c, float* values) {
-      for (int64_t j = 0; j < kRangesAtOnce; ++j) {
-        const float range = args.ranges[c * count + std::min(first + j, count - 1)], step = (range + range) / levels;
-        values[3 * j] = -range;
-        values[3 * j + 1] = step;
-        values[3 * j + 2] = inverse_step(step);
-      }
+    const ChannelTable table(args.layout, walk, 3 * kRangesAtOnce, [&](const auto& field) {
+      for (int j = 0; j < kRangesAtOnce; ++j)
+        for (int64_t c = 0; c < channels; ++c) {
+          const float range = args.ranges[c * count + std::min(first + j, count - 1)], step = (range + range) / levels;
+          field(3 * j)[c] = -range;
+          field(3 * j + 1)[c] = step;
+          field(3 * j + 2)[c] = inverse_step(step);
+        }
     });
     with_type(args.dtype, [&]<class T>(T*) {
       const auto totals = traverse(args.layout, walk, table, RangeErrors<T>{static_cast<const T*>(args.x), splat(levels)});

@@ -16,15 +16,20 @@
 //   struct Pairs { bool settled() const; }         settled: from here on, less work will do
 //   template <bool kSettled> void add(int64_t i, Pairs&) const      elements [i, i + 2 * kLanes)
 //   void finish(const Pairs&, Vec (&sums)[2][kSums + 1]) const      of at least one add: as operator() would have them
+// and ask for what it will read, which columns need (run_strip):
+//   template <int kVectors> void prefetch(int64_t i) const          elements [i, i + kVectors * kLanes)
 // Accumulators are reduced in an order that depends on the layout alone, never on the number of threads.
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <memory>
 #include <numeric>
 #include <utility>
 #include <vector>
 
+#include "cpu/blocks.h"
+#include "cpu/buffer.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -103,35 +108,51 @@ struct Results {
 // Parameters of the channels, a field a row: one entry a channel for runs, one entry a column for columns.
 class ChannelTable {
  public:
-  // fill(channel, values) writes the `fields` values of a channel.
+  // fill(field) writes the channels' values of every field f to field(f)[channel].
   template <class F>
   ChannelTable(const Layout& layout, const Walk& walk, int fields, const F& fill)
       : entries_(walk.by_columns ? (walk.period + kLanes - 1) / kLanes * kLanes : layout.channels),
         values_(fields * entries_) {
-    std::vector<float> one(fields);
-    const int64_t width = walk.by_columns ? layout.inner : 1, row = layout.channels * width;
-    for (int64_t c = 0; c < layout.channels; ++c) {
-      fill(c, one.data());
-      for (int f = 0; f < fields; ++f) std::fill_n(&values_[f * entries_ + c * width], width, one[f]);
-    }
-    if (!walk.by_columns) return;
-    for (int f = 0; f < fields; ++f)
-      for (int64_t at = row; at < walk.period; at += row)
-        std::copy_n(&values_[f * entries_], row, &values_[f * entries_ + at]);
+    values_.clear();
+    fill([&](int field) { return values_.data() + field * entries_; });
+    if (walk.by_columns)
+      for (int f = 0; f < fields; ++f) expand(layout, walk, values_.data() + f * entries_);
   }
 
   Vec of_channel(int field, int64_t c) const { return splat(values_[field * entries_ + c]); }
   Vec of_columns(int field, int64_t column) const { return load(&values_[field * entries_ + column]); }
 
  private:
+  // From a value a channel to a value a column.
+  static void expand(const Layout& layout, const Walk& walk, float* values) {
+    const int64_t row = layout.channels * layout.inner;
+    if (layout.inner > 1)
+      for (int64_t c = layout.channels - 1; c >= 0; --c)
+        std::fill_n(values + c * layout.inner, layout.inner, float{values[c]});
+    for (int64_t at = row; at < walk.period; at += row) std::copy_n(values, row, values + at);
+  }
+
   int64_t entries_;
-  std::vector<float> values_;
+  Buffer<float> values_;  // aligned: a load that crosses cache lines costs two
 };
+
+// What is called in the innermost loops: left to itself the compiler makes functions of some, which take registers from
+// memory.
+#define QK_INLINED __attribute__((always_inline))
 
 // f(0), ..., f(kCount - 1), unrolled: an accumulator array indexed by a loop variable would live in memory.
 template <int kCount, class F>
-inline void unrolled(const F& f) {
-  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) { (f(kIndex), ...); }(std::make_integer_sequence<int, kCount>{});
+QK_INLINED inline void unrolled(const F& f) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>)
+      QK_INLINED { (f(kIndex), ...); }(std::make_integer_sequence<int, kCount>{});
+}
+
+// Asks for kCount elements to come as near as the second-level cache. They may lie past the end of the tensor.
+template <int kCount, class T>
+inline void prefetch_elements(const T* p) {
+#pragma GCC unroll 8
+  for (size_t byte = 0; byte < kCount * sizeof(T); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 1);
 }
 
 enum class Combine { kSum, kMin, kMax };
@@ -143,16 +164,16 @@ constexpr Combine combine_of(int s) {
 }
 
 template <class Op>
-inline void reset_sums(Vec* sums) {
+QK_INLINED inline void reset_sums(Vec* sums) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  unrolled<Op::kSums>([&](int s) {
+  unrolled<Op::kSums>([&](int s) QK_INLINED {
     sums[s] = splat(combine_of<Op>(s) == Combine::kSum ? 0.0f : combine_of<Op>(s) == Combine::kMin ? kInfinity : -kInfinity);
   });
 }
 
 template <class Op>
-inline void merge_sums(Vec* into, const Vec* from) {
-  unrolled<Op::kSums>([&](int s) {
+QK_INLINED inline void merge_sums(Vec* into, const Vec* from) {
+  unrolled<Op::kSums>([&](int s) QK_INLINED {
     into[s] = combine_of<Op>(s) == Combine::kSum   ? into[s] + from[s]
               : combine_of<Op>(s) == Combine::kMin ? min(into[s], from[s])
                                                    : max(into[s], from[s]);
@@ -172,9 +193,9 @@ inline double merge(Combine how, double a, double b) {
 template <class Op, class Params>
 inline void apply_first(const Op& op, int64_t i, int n, const Params& params, Vec* sums) {
   Vec before[Op::kSums + 1];
-  unrolled<Op::kSums>([&](int s) { before[s] = sums[s]; });
+  unrolled<Op::kSums>([&](int s) QK_INLINED { before[s] = sums[s]; });
   op(i, First{n}, params, sums);
-  unrolled<Op::kSums>([&](int s) { sums[s] = select(first_lanes(n), sums[s], before[s]); });
+  unrolled<Op::kSums>([&](int s) QK_INLINED { sums[s] = select(first_lanes(n), sums[s], before[s]); });
 }
 
 // Vectors in flight: enough to hide latencies, as far as the accumulators leave registers.
@@ -227,7 +248,7 @@ inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t
   for (; i + kLanes <= end; i += kLanes) op(i, Whole{}, params, sums[0]);
   if (i < end) apply_first(op, i, static_cast<int>(end - i), params, sums[0]);
   for (int u = 1; u < kUnroll; ++u) merge_sums<Op>(sums[0], sums[u]);
-  unrolled<Op::kSums>([&](int s) { partial[s] = across_lanes<Op>(s, sums[0][s]); });
+  unrolled<Op::kSums>([&](int s) QK_INLINED { partial[s] = across_lanes<Op>(s, sums[0][s]); });
 }
 
 // totals: [kSums][channels]
@@ -249,7 +270,7 @@ void traverse_runs(const Layout& layout, const Walk& walk, const ChannelTable& t
     for (int64_t outer = 0; outer < layout.outer; ++outer)
       for (int64_t c = 0; c < layout.channels; ++c)
         for (int64_t piece = 0; piece < walk.pieces; ++piece, from += Op::kSums)
-          unrolled<Op::kSums>([&](int s) {
+          unrolled<Op::kSums>([&](int s) QK_INLINED {
             double& total = totals[s * layout.channels + c];
             total = merge(combine_of<Op>(s), total, from[s]);
           });
@@ -263,45 +284,91 @@ class ColumnSums {
   explicit ColumnSums(float* values) : values_(values) {}
   static int64_t size(const Walk& walk) { return (walk.period + kLanes - 1) / kLanes * kLanes * Op::kSums; }
 
-  void load_from(int64_t column, Vec* sums) const {
-    unrolled<Op::kSums>([&](int s) { sums[s] = load(values_ + column * Op::kSums + s * kLanes); });
+  QK_INLINED void load_from(int64_t column, Vec* sums) const {
+    unrolled<Op::kSums>([&](int s) QK_INLINED { sums[s] = load(values_ + column * Op::kSums + s * kLanes); });
   }
-  void store_to(int64_t column, const Vec* sums) const {
-    unrolled<Op::kSums>([&](int s) { store(values_ + column * Op::kSums + s * kLanes, sums[s]); });
+  QK_INLINED void store_to(int64_t column, const Vec* sums) const {
+    unrolled<Op::kSums>([&](int s) QK_INLINED { store(values_ + column * Op::kSums + s * kLanes, sums[s]); });
+  }
+  // Of the columns from this one to the last of its vector.
+  const float* at(int64_t column, int s) const {
+    return values_ + (column / kLanes * Op::kSums + s) * kLanes + column % kLanes;
   }
 
  private:
   float* values_;
 };
 
-// Accumulator s of every column, [stride], from all blocks. A vector of columns at a time: this runs on one thread.
-template <class Op, Combine kHow>
-inline void combine_blocks(const Walk& walk, const float* partial, int s, double* columns) {
-  const int64_t size = ColumnSums<Op>::size(walk);
-  for (int64_t column = 0; column < walk.period; column += kLanes) {
-    const float* from = partial + column * Op::kSums + s * kLanes;
-    double total[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) total[lane] = from[lane];
-    for (int64_t block = 1; block < walk.pieces; ++block)
-      for (int lane = 0; lane < kLanes; ++lane) total[lane] = merge(kHow, total[lane], from[block * size + lane]);
-    std::copy_n(total, kLanes, columns + column);
+// The accumulators of the blocks, which become those of block 0: merged in pairs of neighbours, in pairs of pairs and so on,
+// each by the thread that comes with the second of the two. It has that one in its cache and often both, and who merges
+// does not change what is added to what.
+template <class Op>
+class BlockSums {
+ public:
+  explicit BlockSums(const Walk& walk)
+      : walk_(walk),
+        size_(ColumnSums<Op>::size(walk)),
+        bytes_(walk.pieces * size_ * sizeof(float)),
+        values_(static_cast<float*>(take_block(bytes_))),  // malloc would ask the system for as much at each call
+        arrived_(walk.pieces) {
+    if (!values_) throw std::bad_alloc();
   }
+  ~BlockSums() { give_block(values_, bytes_); }
+  BlockSums(const BlockSums&) = delete;
+  BlockSums& operator=(const BlockSums&) = delete;
+
+  ColumnSums<Op> of(int64_t block) const { return ColumnSums<Op>(values_ + block * size_); }
+
+  void finish(int64_t block) {
+    for (int64_t width = 1; width < walk_.pieces; width *= 2) {
+      const int64_t left = block / (2 * width) * 2 * width, right = left + width;
+      if (right < walk_.pieces) {
+        if (arrived_[right].fetch_add(1, std::memory_order_acq_rel) == 0) return;
+        merge(of(left), of(right));
+      }
+      block = left;
+    }
+  }
+
+ private:
+  void merge(ColumnSums<Op> into, ColumnSums<Op> from) const {
+    for (int64_t column = 0; column < walk_.period; column += kLanes) {
+      Vec sums[Op::kSums], more[Op::kSums];
+      into.load_from(column, sums);
+      from.load_from(column, more);
+      merge_sums<Op>(sums, more);
+      into.store_to(column, sums);
+    }
+  }
+
+  const Walk walk_;
+  const int64_t size_;
+  const size_t bytes_;
+  float* const values_;
+  std::vector<std::atomic<int>> arrived_;  // at the pair whose second half begins with this block
+};
+
+// totals: [kSums][channels], of which several columns may be one. One thread does this, so where neighbours are different
+// channels, it adds a vector of them at a time.
+template <class Op>
+inline void combine_columns(const Layout& layout, const Walk& walk, ColumnSums<Op> sums, double* totals) {
+  const int64_t alike = layout.inner, row = layout.channels * alike;
+  unrolled<Op::kSums>([&](int s) QK_INLINED {
+    for (int64_t column = 0, count; column < walk.period; column += count) {
+      const float* const from = sums.at(column, s);
+      double* const total = totals + s * layout.channels + column % row / alike;
+      count = alike > 1 ? 1 : std::min(kLanes - column % kLanes, row - column % row);
+      for (int64_t i = 0; i < count; ++i) total[i] = merge(combine_of<Op>(s), total[i], from[i]);
+    }
+  });
 }
 
-// totals of one accumulator, [channels], of which several columns may be one.
-template <class Op, Combine kHow>
-inline void combine_columns(const Layout& layout, const Walk& walk, const float* partial, int s, double* totals) {
-  std::vector<double> columns(ColumnSums<Op>::size(walk) / Op::kSums);
-  combine_blocks<Op, kHow>(walk, partial, s, columns.data());
-  for (int64_t column = 0; column < walk.period;)
-    for (int64_t c = 0; c < layout.channels; ++c)
-      for (int64_t i = 0; i < layout.inner; ++i) totals[c] = merge(kHow, totals[c], columns[column++]);
-}
-
-// kWidth vectors of columns in the rows [row, last_row): their parameters and accumulators stay in registers.
+// kWidth vectors of columns in the rows [row, last_row): their parameters and accumulators stay in registers. Rows lie too
+// far apart for the prefetchers, so for each vector that is read one is asked for, from element `ahead` on in memory order:
+// the strips of one block of rows bring the next block.
 template <int kWidth, class Op>
 inline void run_strip(const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row, int64_t last_row,
-                      int64_t column, ColumnSums<Op> partial) {
+                      int64_t column, int64_t ahead, ColumnSums<Op> partial) {
   const Op op = shared;  // as in run_piece
   const int64_t period = walk.period;
   decltype(op.params([&](int field) { return table.of_columns(field, column); })) params[kWidth];
@@ -311,9 +378,11 @@ inline void run_strip(const Walk& walk, const ChannelTable& table, const Op& sha
     params[w] = op.params([&](int field) { return table.of_columns(field, column + w * kLanes); });
     partial.load_from(column + w * kLanes, sums[w]);
   }
-  for (int64_t i = row * period + column; row < last_row; ++row, i += period)
+  for (int64_t i = row * period + column; row < last_row; ++row, i += period, ahead += kWidth * kLanes) {
+    if constexpr (requires { op.template prefetch<kWidth>(ahead); }) op.template prefetch<kWidth>(ahead);
 #pragma GCC unroll 8
     for (int w = 0; w < kWidth; ++w) op(i + w * kLanes, Whole{}, params[w], sums[w]);
+  }
 #pragma GCC unroll 8
   for (int w = 0; w < kWidth; ++w) partial.store_to(column + w * kLanes, sums[w]);
 }
@@ -380,13 +449,14 @@ inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable
   for (int64_t end; row < whole_rows; row = end) {
     end = std::min(row + kStripRows, whole_rows);
     int64_t column = 0;
+    const auto ahead = [&] { return end * walk.period + column * (end - row); };
     for (; column + kWidth * kLanes <= whole; column += kWidth * kLanes)
       if constexpr (TakesPairs<Op> && kWidth % 2 == 0) {
         run_strip_of_pairs<kWidth>(walk, op, row, end, column, partial);
       } else {
-        run_strip<kWidth>(walk, table, op, row, end, column, partial);
+        run_strip<kWidth>(walk, table, op, row, end, column, ahead(), partial);
       }
-    for (; column < whole; column += kLanes) run_strip<1>(walk, table, op, row, end, column, partial);
+    for (; column < whole; column += kLanes) run_strip<1>(walk, table, op, row, end, column, ahead(), partial);
     if (whole < walk.period) run_columns(layout, walk, table, op, row, end, whole, partial);
   }
   if (row < last_row) run_columns(layout, walk, table, op, row, last_row, 0, partial);
@@ -400,21 +470,16 @@ void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable
       finish_streams();
     });
   } else {
-    const int64_t size = ColumnSums<Op>::size(walk);
-    const auto partial = std::make_unique_for_overwrite<float[]>(walk.pieces * size);
+    BlockSums<Op> sums(walk);
     parallel_for(walk.pieces, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block)
+      for (int64_t block = begin; block < end; ++block) {
         run_block(layout, walk, table, op, block * walk.piece, std::min((block + 1) * walk.piece, walk.rows),
-                  ColumnSums<Op>(partial.get() + block * size));
+                  sums.of(block));
+        sums.finish(block);
+      }
       finish_streams();
     });
-    for (int s = 0; s < Op::kSums; ++s) {
-      const Combine how = combine_of<Op>(s);
-      const auto combine = how == Combine::kSum   ? combine_columns<Op, Combine::kSum>
-                           : how == Combine::kMin ? combine_columns<Op, Combine::kMin>
-                                                  : combine_columns<Op, Combine::kMax>;
-      combine(layout, walk, partial.get(), s, totals + s * layout.channels);
-    }
+    combine_columns<Op>(layout, walk, sums.of(0), totals);
   }
 }
 
