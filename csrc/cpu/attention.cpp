@@ -184,11 +184,17 @@ float range_of(const AttentionArgs& args, int64_t k, int64_t c) {
   return grid_row(args, k, c)[1] * static_cast<float>(args.levels[k]);
 }
 
-// Whether the end of member 0's range is that of member k's, to well within half of its step.
-bool shares_range(const AttentionArgs& args, int64_t k, int64_t c) {
-  const float inverse = inverse_step(grid_row(args, k, c)[1]);
-  const float end = range_of(args, 0, c) * inverse - static_cast<float>(args.levels[k]);
-  return grid_row(args, k, c)[0] == grid_row(args, 0, c)[0] && inverse > 0.0f && std::abs(end) < 0.25f;
+// Whether the range of member k begins with that of member 0 in every channel and ends with it, to well within half of its
+// step, and whether its steps have inverses. Without branches or divisions: it is done for each channel at each call.
+bool shares_range(const AttentionArgs& args, int64_t k) {
+  constexpr float kLeast = std::numeric_limits<float>::min(), kMost = 1.0f / kLeast;
+  bool shared = true;
+  for (int64_t c = 0; c < args.layout.channels; ++c) {
+    const float offset = grid_row(args, k, c)[0], step = grid_row(args, k, c)[1];
+    const bool ends = std::abs(range_of(args, 0, c) - range_of(args, k, c)) < 0.25f * step;
+    shared &= (offset == grid_row(args, 0, c)[0]) & (step >= kLeast) & (step <= kMost) & ends;
+  }
+  return shared;
 }
 
 ChannelTable members_table(const AttentionArgs& args, const Walk& walk) {
@@ -218,7 +224,7 @@ Mix mix_of(const AttentionArgs& args) {
   bool shared = true;
   for (int64_t k = 0; k < args.count; ++k) {
     if (args.kinds[k] != Kind::kUniform) return Mix::kAny;
-    for (int64_t c = 0; c < args.layout.channels && shared; ++c) shared = shares_range(args, k, c);
+    shared = shared && shares_range(args, k);
   }
   return !shared ? Mix::kUniform : args.covered ? Mix::kCovered : Mix::kSharedRange;
 }
