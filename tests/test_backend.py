@@ -134,7 +134,7 @@ def test_schemas_are_those_of_the_native_ops(backend):
 
 @pytest.mark.ops("fake_quantize")
 def test_memory_allocated_inside_an_op_is_poisoned_in_tests(backend):
-    """tests/ops relies on this: native code allocates by torch's dispatcher, so the fill reaches it."""
+    """tests/ops relies on this: native code allocates small results by torch's dispatcher, so the fill reaches it."""
     x, grid = torch.zeros(1000, device=backend.device), GRID.to(backend.device)
     torch.use_deterministic_algorithms(True)
     try:
