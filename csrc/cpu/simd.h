@@ -20,6 +20,10 @@
 #include <immintrin.h>
 #endif
 
+// What is called in the innermost loops: left to itself the compiler makes functions of some, which take registers from
+// memory.
+#define QK_INLINED __attribute__((always_inline))
+
 namespace qk::cpu::QK_CPU_ISA {
 
 struct Half {

@@ -14,11 +14,11 @@ inline constexpr int64_t kBlock = 512;
 
 // 64 elements, as split_values<T>() takes them.
 template <class T>
-inline void load_block(const T* x, Vec (&values)[4]) {
+QK_INLINED inline void load_block(const T* x, Vec (&values)[4]) {
 #pragma GCC unroll 4
   for (int v = 0; v < 4; ++v) values[v] = load(x + v * kLanes);
 }
-inline void load_block(const BFloat16* x, Vec (&values)[4]) {
+QK_INLINED inline void load_block(const BFloat16* x, Vec (&values)[4]) {
   const TwoVecs low = widen(load_bits(x), x), high = widen(load_bits(x + 2 * kLanes), x);
   values[0] = low.first;
   values[1] = low.second;
@@ -29,7 +29,7 @@ inline void load_block(const BFloat16* x, Vec (&values)[4]) {
 // Word b: bit b of 64 codes, made of values up to 255: rounded to the nearest, ties to even; negative ones and NaN (the
 // integer indefinite is negative) saturate to 0. simd.h's split_bits, for codes that were never in memory.
 template <class T>
-inline __m512i split_values(const Vec (&values)[4]) {
+QK_INLINED inline __m512i split_values(const Vec (&values)[4]) {
   const __m512i low = _mm512_packus_epi32(_mm512_cvtps_epi32(values[0].v), _mm512_cvtps_epi32(values[1].v));
   const __m512i high = _mm512_packus_epi32(_mm512_cvtps_epi32(values[2].v), _mm512_cvtps_epi32(values[3].v));
   // Packing keeps to parts of 128 bits: byte 16 part + 4 i + j is value 4 part + j of vector i. Every eight codes in
@@ -44,7 +44,7 @@ inline __m512i split_values(const Vec (&values)[4]) {
 }
 
 // Eight rows of eight words become columns.
-inline void transpose_eights(__m512i (&rows)[8]) {
+QK_INLINED inline void transpose_eights(__m512i (&rows)[8]) {
   __m512i pairs[8], fours[8];
   for (int i = 0; i < 8; i += 2) {
     pairs[i] = _mm512_unpacklo_epi64(rows[i], rows[i + 1]);

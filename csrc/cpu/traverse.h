@@ -136,10 +136,6 @@ class ChannelTable {
   Buffer<float> values_;  // aligned: a load that crosses cache lines costs two
 };
 
-// What is called in the innermost loops: left to itself the compiler makes functions of some, which take registers from
-// memory.
-#define QK_INLINED __attribute__((always_inline))
-
 // f(0), ..., f(kCount - 1), unrolled: an accumulator array indexed by a loop variable would live in memory.
 template <int kCount, class F>
 QK_INLINED inline void unrolled(const F& f) {
