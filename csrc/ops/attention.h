@@ -5,6 +5,7 @@
 
 #include "ops/dispatch.h"
 #include "ops/fake_quantize.h"
+#include "ops/stats.h"
 
 namespace qk::ops {
 
@@ -52,6 +53,16 @@ Tensor attention_quantize(const Tensor& x_in, const Tensor& attention, const Ten
   in.args.out = out.mutable_data_ptr();
   if (in.x.numel() > 0) Backend::attention_quantize_forward(in.args, in.x);
   return out;
+}
+
+// The mixture of min-max quantizers of x itself, and their grids: two ops in one call, which is a few microseconds less.
+template <class Backend>
+std::tuple<Tensor, Tensor> minmax_attention_quantize(const Tensor& x, const Tensor& attention, const Ints levels,
+                                                     std::optional<int64_t> axis) {
+  const Ints uniform(levels.size(), static_cast<int64_t>(Kind::kUniform));
+  const Ints straight(levels.size(), static_cast<int64_t>(Ste::kIdentity));
+  const Tensor grids = minmax_grids<Backend>(x, levels, axis);
+  return {attention_quantize<Backend>(x, attention, grids, uniform, levels, straight, axis, true, true), grids};
 }
 
 template <class Backend>

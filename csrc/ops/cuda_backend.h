@@ -104,6 +104,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("fake_quantize_masked", TORCH_BOX(&fake_quantize_masked<Kernels>));
   m.impl("apply_mask", TORCH_BOX(&apply_mask<Kernels>));
   m.impl("attention_quantize", TORCH_BOX(&attention_quantize<Kernels>));
+  m.impl("minmax_attention_quantize", TORCH_BOX(&minmax_attention_quantize<Kernels>));
   m.impl("attention_quantize_backward", TORCH_BOX(&attention_quantize_backward<Kernels>));
   m.impl("attention_gradient", TORCH_BOX(&attention_gradient<Kernels>));
   m.impl("learned_basis_quantize", TORCH_BOX(&learned_basis_quantize<Kernels>));

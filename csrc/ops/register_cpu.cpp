@@ -90,6 +90,7 @@ STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) {
   m.impl("fake_quantize_masked", TORCH_BOX(&fake_quantize_masked<Cpu>));
   m.impl("apply_mask", TORCH_BOX(&apply_mask<Cpu>));
   m.impl("attention_quantize", TORCH_BOX(&attention_quantize<Cpu>));
+  m.impl("minmax_attention_quantize", TORCH_BOX(&minmax_attention_quantize<Cpu>));
   m.impl("attention_quantize_backward", TORCH_BOX(&attention_quantize_backward<Cpu>));
   m.impl("attention_gradient", TORCH_BOX(&attention_gradient<Cpu>));
   m.impl("learned_basis_quantize", TORCH_BOX(&learned_basis_quantize<Cpu>));

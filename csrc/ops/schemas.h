@@ -26,6 +26,8 @@ inline void define_schemas(torch::stable::detail::StableLibrary& m) {
   m.def(
       "attention_quantize(Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, int[] stes, int? axis, "
       "bool convex=False, bool covered=False) -> Tensor");
+  // Of min-max quantizers of x itself: q, and the grids [K, channels, 3] that it was made with.
+  m.def("minmax_attention_quantize(Tensor x, Tensor attention, int[] levels, int? axis) -> (Tensor, Tensor)");
   m.def(
       "attention_quantize_backward(Tensor grad, Tensor x, Tensor attention, Tensor grids, int[] kinds, int[] levels, "
       "int[] stes, int? axis) -> (Tensor, Tensor, Tensor)");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -92,9 +93,13 @@ def call(op: str, *args: Any) -> Any:
     try:
         return eager(op, namespace)(*args)
     except NotImplementedError as error:
-        if f"::{op}" not in str(error):
-            raise
-        raise NotImplementedError(_missing(op, args)) from error
+        raise explained(error, args) from error
+
+
+def explained(error: NotImplementedError, args: Sequence[Any]) -> NotImplementedError:
+    """A missing kernel of the current backend's namespace as one clear sentence; other errors as they are."""
+    found = re.search(NAMESPACES[_current] + r"::(\w+)", str(error))
+    return NotImplementedError(_missing(found[1], args)) if found else error
 
 
 def _missing(op: str, args: Sequence[Any]) -> str:

@@ -27,6 +27,10 @@ class OpRules:
 RULES: dict[str, OpRules] = {}
 
 _EAGER: dict[tuple[str, str], Callable[..., Any]] = {}
+_KERNELS: dict[tuple[str, str], Callable[..., Any]] = {}
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""A context without gradients and without looking for them, for :func:`kernel`."""
 
 
 def rules(op: str, rule: OpRules) -> None:
@@ -57,30 +61,40 @@ def eager(op: str, namespace: str) -> Callable[..., Any]:
     return _EAGER[key]
 
 
+def kernel(op: str, namespace: str) -> Callable[..., Any]:
+    """``op`` of ``namespace`` for use :data:`below_autograd`, as in the forward pass of an ``autograd.Function``.
+
+    Raises NotImplementedError where the namespace has no such op.
+    """
+    key = (op, namespace)
+    if key not in _KERNELS:
+        packet = getattr(getattr(torch.ops, namespace), op, None)
+        if packet is None:
+            raise NotImplementedError(f"{namespace}::{op}")
+        _KERNELS[key] = packet.default._op  # what calling the overload calls
+    return _KERNELS[key]
+
+
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its look for functorch's transforms: its caller has looked (:func:`traced`)."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _make_eager(op: str, namespace: str) -> Callable[..., Any]:
-    rule, ops = RULES[op], getattr(torch.ops, namespace)
-    packet = getattr(ops, op, None)
-    if packet is None:
-        raise NotImplementedError(f"{namespace}::{op}")
-    overload = packet.default
+    rule, run_kernel = RULES[op], kernel(op, namespace)
 
-    def kernel(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args)
+    def without_gradient(*args: Any) -> Any:
+        with below_autograd():
+            return run_kernel(*args)
 
     if rule.backward is None or rule.setup_context is None:
-        return kernel
-    setup_context, gradient = rule.setup_context, partial(rule.backward, ops)
+        return without_gradient
+    setup_context, gradient = rule.setup_context, partial(rule.backward, getattr(torch.ops, namespace))
 
     class Op(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = kernel(*args)
+            output = without_gradient(*args)
             setup_context(ctx, args, output)
             return output
 
@@ -93,6 +107,6 @@ def _make_eager(op: str, namespace: str) -> Callable[..., Any]:
             for a in args:
                 if isinstance(a, Tensor) and a.requires_grad:
                     return apply(*args)
-        return kernel(*args)
+        return without_gradient(*args)
 
     return run

@@ -74,6 +74,11 @@ def attention_gradient(
     return call("attention_gradient", grad, x, attention, grids, kinds, levels, axis, covered)
 
 
+def _fake_minmax(x: Tensor, attention: Tensor, levels: Sequence[int], axis: int | None) -> tuple[Tensor, Tensor]:
+    channels = 1 if axis is None else x.size(axis)
+    return torch.empty_like(x), x.new_empty((len(levels), channels, 3), dtype=torch.float32)
+
+
 def _fake(
     x: Tensor,
     attention: Tensor,
@@ -147,3 +152,4 @@ def _backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 rules("attention_quantize", OpRules(_fake, _backward, _setup_context))
 rules("attention_quantize_backward", OpRules(_fake_backward))
 rules("attention_gradient", OpRules(_fake_gradient))
+rules("minmax_attention_quantize", OpRules(_fake_minmax))

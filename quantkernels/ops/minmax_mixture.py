@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import call, current_namespace, traced
-from ._register import apply_of, eager
+from ._dispatch import current_namespace, explained, traced
+from ._register import apply_of, below_autograd, kernel
 from .attention import attention_quantize
 from .fake_quantize import Kind, Ste
 from .stats import minmax_grids
@@ -38,7 +38,10 @@ def minmax_mixture(
     """
     if not traced():
         made_with: list[Tensor] = []
-        return (_apply(x, logits, temperature, levels, axis, made_with), *made_with)  # type: ignore[return-value]
+        try:
+            return (_apply(x, logits, temperature, levels, axis, made_with), *made_with)  # type: ignore[return-value]
+        except NotImplementedError as error:
+            raise explained(error, [x]) from error
     weights, grids = torch.softmax(logits / temperature, 0), minmax_grids(x.detach(), levels, axis)
     q = attention_quantize(x, weights, grids, *_members(levels), axis, convex=True, covered=True)
     return q, weights.detach(), grids
@@ -63,10 +66,12 @@ class _MinMaxMixture(torch.autograd.Function):
         axis: int | None,
         made_with: list[Tensor],
     ) -> Tensor:
-        weights, grids = torch.softmax(logits / temperature, 0), minmax_grids(x, levels, axis)
-        q = call("attention_quantize", x, weights, grids, *_members(levels), axis, True, True)
+        namespace = current_namespace()
+        with below_autograd():
+            weights = torch.softmax(logits / temperature, 0)
+            q, grids = kernel("minmax_attention_quantize", namespace)(x, weights, levels, axis)
         ctx.save_for_backward(x, weights, grids, temperature)
-        ctx.options = current_namespace(), levels, axis
+        ctx.options = namespace, levels, axis
         made_with += weights, grids
         return q
 
@@ -77,8 +82,10 @@ class _MinMaxMixture(torch.autograd.Function):
         if for_logits:
             x, weights, grids, temperature = ctx.saved_tensors
             namespace, levels, axis = ctx.options
-            along = eager("attention_gradient", namespace)(grad, x, weights, grids, *_members(levels)[:2], axis, True)
-            slope = torch._softmax_backward_data(along, weights, 0, torch.float32) / temperature
+            with below_autograd():
+                gradient = kernel("attention_gradient", namespace)
+                along = gradient(grad, x, weights, grids, *_members(levels)[:2], axis, True)
+                slope = torch._softmax_backward_data(along, weights, 0, torch.float32) / temperature
         return grad if for_x else None, slope, None, None, None, None
 
 

@@ -108,6 +108,7 @@ ARGUMENTS: dict[str, Callable[[Problem, str], tuple[Any, ...]]] = {
     "attention_quantize": lambda p, d: (p.x(d), *_mixture(p, d), _stes(), p.axis),
     "attention_quantize_backward": lambda p, d: (p.grad(d), p.x(d), *_mixture(p, d, 6), _stes(6), p.axis),
     "attention_gradient": lambda p, d: (p.grad(d), p.x(d), *_mixture(p, d), p.axis),
+    "minmax_attention_quantize": lambda p, d: (p.x(d), torch.full((2,), 0.5, device=d), [3, 255], p.axis),
     "learned_basis_quantize": lambda p, d: (p.x(d), _channels(p, d, 4), int(p.ste > 0), int(p.ste > 0), p.axis),
     "learned_basis_quantize_backward": lambda p, d: (p.grad(d), p.x(d), _channels(p, d, 7), 1, p.axis),
     "learned_basis_encode": lambda p, d: (p.x(d), _channels(p, d, 4), p.axis),

@@ -28,6 +28,7 @@ from ._tiles import (
     tiles_of,
 )
 from .fake_quantize import store_sum
+from .stats import minmax_grids
 
 
 @triton.jit
@@ -203,6 +204,14 @@ def attention_quantize_backward(
     return grad_x, sums[:, :, 3].sum(0).float(), sums[:, :, :3].transpose(0, 1).float().contiguous()
 
 
+def minmax_attention_quantize(
+    x: Tensor, attention: Tensor, levels: Sequence[int], axis: int | None
+) -> tuple[Tensor, Tensor]:
+    """The mixture of min-max quantizers of x itself, and their grids."""
+    grids, zeros = minmax_grids(x, levels, axis), [0] * len(levels)
+    return attention_quantize(x, attention, grids, zeros, levels, zeros, axis), grids
+
+
 def attention_gradient(
     grad: Tensor,
     x: Tensor,
@@ -257,4 +266,5 @@ OPS = {
     "attention_quantize": attention_quantize,
     "attention_quantize_backward": attention_quantize_backward,
     "attention_gradient": attention_gradient,
+    "minmax_attention_quantize": minmax_attention_quantize,
 }

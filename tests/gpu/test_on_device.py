@@ -118,6 +118,7 @@ LAUNCHES = {
     "apply_mask": 1,
 }
 LAUNCHES |= {"attention_quantize": 1, "attention_quantize_backward": 2, "attention_gradient": 2, "encode": 1}
+LAUNCHES |= {"minmax_attention_quantize": 3}
 NATIVE = [op for op in LAUNCHES if any(b.name == "cuda" and b.has(op) for b in ON_GPU)]
 
 

@@ -24,7 +24,7 @@ TRAINED_BY = (
     "minmax_grids",
     "fake_quantize",
     "fake_quantize_backward",
-    "attention_quantize",
+    "minmax_attention_quantize",
     "attention_quantize_backward",
 )
 

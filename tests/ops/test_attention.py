@@ -15,9 +15,12 @@ from quantkernels.testing import (
     assert_sums_close,
     attention_problems,
     lay_out,
+    problems,
 )
 
-pytestmark = pytest.mark.ops("attention_quantize", "attention_quantize_backward", "attention_gradient")
+pytestmark = pytest.mark.ops(
+    "attention_quantize", "attention_quantize_backward", "attention_gradient", "minmax_attention_quantize"
+)
 INF = float("inf")
 
 
@@ -72,6 +75,17 @@ def test_a_range_that_covers_x_needs_no_clamp(backend, bits, dtype, axis):
     for plain, promised in zip(*results, strict=True):
         assert_bit_equal(promised, plain)
     assert_bit_equal(q, reference.attention_quantize(*on_cpu(x, attention, grids), zeros, levels, zeros, axis))
+
+
+@pytest.mark.parametrize("problem", problems(quantizers=[(Kind.UNIFORM, 255)], stes=[Ste.IDENTITY]), ids=str)
+def test_minmax_mixture_is_made_of_its_parts(backend, problem):
+    """Grids of x itself and the mixture on them, in one op: any shape, layout and type."""
+    x, attention = problem.x(backend.device), torch.tensor([0.25, 0.5, 0.125], device=backend.device)
+    q, grids = backend.ops.minmax_attention_quantize(x, attention, [3, 15, 255], problem.axis)
+    assert_bit_equal(grids, backend.ops.minmax_grids(x, [3, 15, 255], problem.axis))
+    zeros = [0] * 3
+    parts = *on_cpu(x, attention, grids), zeros, [3, 15, 255], zeros, problem.axis
+    assert_bit_equal(q, reference.attention_quantize(*parts))
 
 
 @pytest.mark.parametrize("problem", attention_problems(), ids=str)
@@ -212,6 +226,7 @@ def test_opcheck(backend, problem):
     opcheck(backend.ops.attention_quantize.default, (*leaves, kinds, levels, [0] * len(stes), axis, True))
     opcheck(backend.ops.attention_gradient.default, (inputs[0], *plain, kinds, levels, axis))
     opcheck(backend.ops.attention_quantize.default, (*leaves, kinds, levels, [0] * len(stes), axis, True, True))
+    opcheck(backend.ops.minmax_attention_quantize.default, (plain[0], torch.ones(2).to(attention), [3, 255], axis))
 
 
 COMPLAINTS = {
