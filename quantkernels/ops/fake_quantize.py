@@ -133,14 +133,17 @@ def _setup_masked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
+def _as_in_memory(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The bits of a mask are in the order in which the elements that they are of lie in memory."""
+    if grad.stride() == stride:
+        return grad
+    return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
 def _backward_masked(ops: Any, ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None
-    if grad.stride() != ctx.stride:  # bits are in the order of memory
-        ordered = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype, device=grad.device)
-        grad = ordered.copy_(grad)
-    (mask,) = ctx.saved_tensors
-    return ops.apply_mask.default(grad, mask), None, None, None
+    return ops.apply_mask.default(_as_in_memory(grad, ctx.stride), *ctx.saved_tensors), None, None, None
 
 
 class _Masked(torch.autograd.Function):
@@ -150,14 +153,14 @@ class _Masked(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, grid: Tensor, levels: int, axis: int | None) -> Tensor:
         namespace = current_namespace()
         with below_autograd():
-            output = kernel("fake_quantize_masked", namespace)(x, grid, levels, axis)
-        _setup_masked(ctx, (), output)
-        ctx.ops = getattr(torch.ops, namespace)
-        return output[0]
+            q, mask = kernel("fake_quantize_masked", namespace)(x, grid, levels, axis)
+        ctx.save_for_backward(mask)
+        ctx.stride, ctx.apply_mask = q.stride(), kernel("apply_mask", namespace)
+        return q
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward_masked(ctx.ops, ctx, grad, None)
+        return ctx.apply_mask(_as_in_memory(grad, ctx.stride), *ctx.saved_tensors), None, None, None
 
 
 _apply = apply_of(_Masked)
