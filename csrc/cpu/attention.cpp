@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "cpu/grid.h"
-#include "cpu/halves.h"
+#include "cpu/lookup.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 namespace {
@@ -85,6 +85,18 @@ struct Members {
   int64_t count_;
 };
 
+const float* grid_row(const AttentionArgs& args, int64_t k, int64_t c) {
+  return args.grids + (k * args.layout.channels + c) * kGridColumns;
+}
+
+bool no_subnormal_mixtures(const AttentionArgs& args) {
+  bool none = true;
+  for (int64_t k = 0; k < args.count; ++k)
+    none = none && args.kinds[k] != Kind::kIdentity &&
+           no_subnormals(grid_row(args, k, 0), args.layout.channels, args.attention[k]);
+  return none;
+}
+
 template <Mix kMix, int kCount, class T>
 struct Forward : Members<kMix, kCount, true> {
   using Base = Members<kMix, kCount, true>;
@@ -93,23 +105,22 @@ struct Forward : Members<kMix, kCount, true> {
   Results<T> out;
 
   Forward(const AttentionArgs& args, const Walk& walk)
-      : Base(args), x(static_cast<const T*>(args.x)), out(args.out, args.layout, walk) {}
+      : Base(args),
+        x(static_cast<const T*>(args.x)),
+        out(args.out, args.layout, walk, kInPairs<T> && no_subnormal_mixtures(args)) {}
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const typename Base::Params& p, Vec*) const {
     out.put(i, mixture(load(x + i, lanes), p), lanes);
   }
 
-#if defined(__AVX512F__)
-  void pair(int64_t i, const typename Base::Params& p) const
-    requires std::is_same_v<T, BFloat16>
+  void pair(int64_t i, const typename Base::Params& p, Vec*, Vec*) const
+    requires kInPairs<T>
   {
-    const TwoVecs values = widen(load_bits(x + i), x);
-    out.put_bits(i, narrow({mixture(values.first, p), mixture(values.second, p)}, x));
+    out.put_pair(i, mixture(load(x + i), p), mixture(load(x + i + kLanes), p));
   }
-#endif
 
- private:
+ protected:
   Vec mixture(Vec value, const typename Base::Params& p) const {
     const Vec shared = Base::shared(value, p);
     Vec q = p.base;
@@ -117,6 +128,105 @@ struct Forward : Members<kMix, kCount, true> {
     return q;
   }
 };
+
+#if defined(__AVX512F__)
+// The forward of half types by a table, where a code of the finest member tells the codes of all others. With levels like
+// those of 2, 4 and 8 bits, which divide each other to odd numbers, codes of a coarser member change where one of the finest
+// does, but for rounding errors. These do not matter where no number of the half type lies between the two places, and that
+// is checked.
+template <int kCount, class T>
+struct LookupForward : Forward<Mix::kCovered, kCount, T> {
+  using Base = Forward<Mix::kCovered, kCount, T>;
+  static constexpr int64_t kShortest = 2048;  // elements of a run that are worth a table
+  struct Params : Base::Params {
+    CodeTable table;
+    bool usable;
+  };
+
+  LookupForward(const AttentionArgs& args, const Walk& walk) : Base(args, walk) {
+    for (int k = 0; k < this->size(); ++k) {
+      levels_[k] = static_cast<float>(args.levels[k]);
+      if (levels_[k] > levels_[finest_]) finest_ = k;
+    }
+    for (int k = 0; k < this->size(); ++k) ratio_[k] = splat(levels_[k] / levels_[finest_]);
+  }
+
+  static bool suits(const AttentionArgs& args, const Walk& walk) {
+    const int64_t* const end = args.levels + args.count;
+    const int64_t most = *std::max_element(args.levels, end);
+    return !walk.by_columns && args.layout.inner >= kShortest &&
+           std::all_of(args.levels, end, [&](int64_t n) { return n == most || most % (2 * n) == n; });
+  }
+
+  template <class Field>
+  Params params(Field field) const {
+    Params p;
+    static_cast<typename Base::Params&>(p) = Base::params(field);
+    p.usable = true;
+    for (int k = 0; k < this->size(); ++k) p.usable = p.usable && follows(k, p);
+    if (p.usable) fill(p);
+    return p;
+  }
+
+  int64_t run(int64_t i, int64_t end, const Params& p) const {
+    if (!p.usable) return i;
+    constexpr int64_t kHalf = kLookup / 2;
+    for (; i + kLookup <= end; i += kLookup) {
+      const __m512i codes = _mm512_packus_epi16(finest_codes(i, p), finest_codes(i + kHalf, p));
+      const __m512i low = look_up(p.table.low, codes), high = look_up(p.table.high, codes);
+      this->out.put_bits(i, in_order(_mm512_unpacklo_epi8(low, high), this->x));
+      this->out.put_bits(i + kHalf, in_order(_mm512_unpackhi_epi8(low, high), this->x));
+    }
+    return i;
+  }
+
+ private:
+  // Of 32 elements, packed.
+  QK_INLINED __m512i finest_codes(int64_t i, const Params& p) const {
+    const auto values = load_to_pack(this->x + i);
+    const auto code = [&](Vec value) { return _mm512_cvtps_epi32(this->position(finest_, Base::shared(value, p), p).v); };
+    return _mm512_packus_epi32(code(values.first), code(values.second));
+  }
+
+  // Never half-way between two codes, for the ratio is 1 to an odd number.
+  Vec following(int k, Vec finest) const { return round_to_even(finest * ratio_[k]); }
+
+  // Whether the codes of member k follow for all numbers of the half type. Both ways to them never fall while x rises, so it
+  // is enough that at each boundary between two codes both rise between the same two neighbours.
+  bool follows(int k, const Params& p) const {
+    bool all = true;
+    for (float first = 1; first <= levels_[k] && k != finest_; first += kLanes) {
+      const Vec code = min(splat(levels_[k]), count_from(first));
+      const Vec boundary = p.offset[k] + (code - splat(0.5f)) * (p.bound[k] * splat(1.0f / levels_[k]));
+      const Neighbours<T> near(boundary);
+      const auto own = [&](const T* x) { return this->code(k, load(x), Base::shared(load(x), p), p); };
+      const auto same = [&](const T* x) {
+        return equal(own(x), following(k, this->code(finest_, load(x), Base::shared(load(x), p), p)));
+      };
+      const Mask rises = both(less(own(near.below), code), less_equal(code, own(near.above)));
+      all = all && both(rises, both(same(near.below), both(same(near.nearest), same(near.above)))) == first_lanes(kLanes);
+    }
+    return all;
+  }
+
+  void fill(Params& p) const {
+    for (int first = 0; first <= levels_[finest_]; first += 2 * kLanes) {
+      T results[2 * kLanes];
+      for (int half = 0; half < 2 * kLanes; half += kLanes) {
+        const Vec code = count_from(static_cast<float>(first + half));
+        Vec q = p.base;
+        for (int k = 0; k < this->size(); ++k) q = q + p.weight[k] * following(k, code);
+        store(results + half, q);
+      }
+      p.table.set(first, load_bits(results));
+    }
+  }
+
+  int finest_ = 0;
+  float levels_[Base::kSize];
+  Vec ratio_[Base::kSize];
+};
+#endif
 
 // Accumulators: sum g; sum g c_k a quantizer (of an identity member sum g x); then what kSte, the most that any member asks
 // for, adds a quantizer: below and above, and inside. kStores: grad_x is wanted.
@@ -152,7 +262,22 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const typename Base::Params& p, Vec* sums) const {
-    const Vec g = load(grad + i, lanes), value = load(x + i, lanes), shared = Base::shared(value, p);
+    const Vec g = load(grad + i, lanes), passed = accumulate(g, load(x + i, lanes), p, sums);
+    if constexpr (kStores) out.put(i, g * passed, lanes);
+  }
+
+  void pair(int64_t i, const typename Base::Params& p, Vec* sums, Vec* more_sums) const
+    requires(kInPairs<T> && !kStores)
+  {
+    const auto g = widen(load_bits(grad + i), grad), value = widen(load_bits(x + i), x);
+    accumulate(g.first, value.first, p, sums);
+    accumulate(g.second, value.second, p, more_sums);
+  }
+
+ private:
+  // Returns what part of g the members pass.
+  Vec accumulate(Vec g, Vec value, const typename Base::Params& p, Vec* sums) const {
+    const Vec shared = Base::shared(value, p);
     sums[0] = sums[0] + g;
     Vec passed = kSte == Ste::kIdentity ? slope : splat(0.0f);
     for (int k = 0; k < this->size(); ++k) {
@@ -161,10 +286,9 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
       if constexpr (kSte != Ste::kIdentity)
         passed = add_where(passed, clip(k, g, shared, code, p, sums + 1 + kSize + kRangeSums * k), this->attention[k]);
     }
-    if constexpr (kStores) out.put(i, g * passed, lanes);
+    return passed;
   }
 
- private:
   // Where the straight-through estimator of member k lets the gradient pass. Sums that member k has no use for are added,
   // too: a branch here would keep all of them out of registers.
   Mask clip(int k, Vec g, Vec shared, Vec code, const typename Base::Params& p, Vec* sums) const {
@@ -175,10 +299,6 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
     return either(passing[k], both(less_equal(zero, position), less_equal(position, levels)));
   }
 };
-
-const float* grid_row(const AttentionArgs& args, int64_t k, int64_t c) {
-  return args.grids + (k * args.layout.channels + c) * kGridColumns;
-}
 
 float range_of(const AttentionArgs& args, int64_t k, int64_t c) {
   return grid_row(args, k, c)[1] * static_cast<float>(args.levels[k]);
@@ -279,8 +399,14 @@ void attention_quantize_forward(const AttentionArgs& args) {
   const Walk walk = walk_of(args.layout);
   const ChannelTable table = members_table(args, walk);
   with_type(args.dtype, [&]<class T>(T*) {
-    with_members(args,
-                 [&]<Mix kMix, int kCount>() { traverse(args.layout, walk, table, Forward<kMix, kCount, T>(args, walk)); });
+    with_members(args, [&]<Mix kMix, int kCount>() {
+      const auto run = [&]<class Op>(Op*) { traverse(args.layout, walk, table, Op(args, walk)); };
+#if defined(__AVX512F__)
+      if constexpr (kMix == Mix::kCovered && !std::is_same_v<T, float>)
+        if (using Op = LookupForward<kCount, T>; Op::suits(args, walk)) return run(static_cast<Op*>(nullptr));
+#endif
+      run(static_cast<Forward<kMix, kCount, T>*>(nullptr));
+    });
   });
 }
 

@@ -25,8 +25,19 @@ struct Forward {
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
-    const Vec value = load(x + i, lanes);
-    out.put(i, grid.offset + grid.step * code_of<kKind>(value, grid, levels), lanes);
+    out.put(i, quantized(i, lanes, grid), lanes);
+  }
+
+  void pair(int64_t i, const GridVec& grid, Vec*, Vec*) const
+    requires kInPairs<T>
+  {
+    out.put_pair(i, quantized(i, Whole{}, grid), quantized(i + kLanes, Whole{}, grid));
+  }
+
+ private:
+  template <class Lanes>
+  Vec quantized(int64_t i, Lanes lanes, const GridVec& grid) const {
+    return grid.offset + grid.step * code_of<kKind>(load(x + i, lanes), grid, levels);
   }
 };
 
@@ -129,9 +140,22 @@ struct MaskedForward {
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
+    out.put(i, quantized(i, lanes, grid), lanes);
+  }
+
+  void pair(int64_t i, const GridVec& grid, Vec*, Vec*) const
+    requires kInPairs<T>
+  {
+    const Vec low = quantized(i, Whole{}, grid), high = quantized(i + kLanes, Whole{}, grid);
+    out.put_pair(i, low, high);
+  }
+
+ private:
+  template <class Lanes>
+  Vec quantized(int64_t i, Lanes lanes, const GridVec& grid) const {
     const Vec position = position_of(load(x + i, lanes), grid), clamped = clamp_code(position, levels);
     bits.put(i, bits_of(equal(position, clamped)), lanes);  // never of a NaN
-    out.put(i, grid.offset + grid.step * round_to_even(clamped), lanes);
+    return grid.offset + grid.step * round_to_even(clamped);
   }
 };
 
@@ -159,6 +183,11 @@ void apply_mask_to(const ApplyMaskArgs& args) {
   });
 }
 
+template <class T>
+Results<T> quantized_results(const FakeQuantizeArgs& args, const Walk& walk) {
+  return {args.out, args.layout, walk, kInPairs<T> && no_subnormals(args.grid, args.layout.channels)};
+}
+
 }  // namespace
 
 void fake_quantize_forward(const FakeQuantizeArgs& args) {
@@ -168,7 +197,7 @@ void fake_quantize_forward(const FakeQuantizeArgs& args) {
   with_type(args.dtype, [&]<class T>(T*) {
     with_kind(args.kind, [&]<Kind kKind>() {
       traverse(args.layout, walk, table,
-               Forward<kKind, T>{static_cast<const T*>(args.x), Results<T>(args.out, args.layout, walk), levels});
+               Forward<kKind, T>{static_cast<const T*>(args.x), quantized_results<T>(args, walk), levels});
     });
   });
 }
@@ -206,7 +235,7 @@ void fake_quantize_masked(const FakeQuantizeArgs& args) {
   const Vec levels = splat(static_cast<float>(args.levels));
   with_type(args.dtype, [&]<class T>(T*) {
     traverse(args.layout, walk, table,
-             MaskedForward<T>{static_cast<const T*>(args.x), Results<T>(args.out, args.layout, walk),
+             MaskedForward<T>{static_cast<const T*>(args.x), quantized_results<T>(args, walk),
                               Bits(args.mask, args.layout, walk), levels});
   });
 }

@@ -5,7 +5,14 @@
 
 namespace qk::cpu::QK_CPU_ISA {
 
+// Whether two vectors of T at a time cost less than one after the other.
+template <class T>
+inline constexpr bool kInPairs = false;
+
 #if defined(__AVX512F__)
+
+template <>
+inline constexpr bool kInPairs<BFloat16> = true;
 
 // The elements of two vectors. Of Half the first has the lower ones; of BFloat16 it has the even ones, so that one operation
 // widens a vector.
@@ -23,10 +30,12 @@ inline TwoVecs widen(__m512i bits, const BFloat16*) {
           {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
 }
 
-// The inverse of widen().
-inline __m512i narrow(TwoVecs a, const BFloat16*) {
-  const __m512i even = _mm512_srli_epi32(round_to_bfloat16(a.first), 16), odd = round_to_bfloat16(a.second);
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, even, odd);
+// 32 elements side by side, of which none is subnormal: the instruction would make those 0. By its name, for AVX-512 does
+// not promise it (rounds_to_bfloat16()). A NaN stays one.
+inline __m512i narrow_normal(Vec low, Vec high) {
+  __m512i bits;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(bits) : "v"(high.v), "v"(low.v));
+  return bits;
 }
 
 // widen() of the magnitudes of the elements at p, whose bits these are. To load those of Half again costs less than to take

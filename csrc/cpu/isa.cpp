@@ -36,6 +36,15 @@ Isa chosen_isa() {
   return isa;
 }
 
+bool rounds_to_bfloat16() {
+#if defined(__x86_64__)
+  static const bool has = chosen_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 const char* name_of(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "portable"; }
 
 }  // namespace qk::cpu

@@ -8,4 +8,7 @@ enum class Isa { kPortable, kAvx2, kAvx512 };
 Isa chosen_isa();
 const char* name_of(Isa isa);
 
+// Whether the processor has an instruction that rounds to bfloat16, which AVX-512 alone does not promise.
+bool rounds_to_bfloat16();
+
 }  // namespace qk::cpu

@@ -85,7 +85,7 @@ inline Vec load(const Half* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loa
 inline Vec load(const BFloat16* p, int n) { return from_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
 inline __m256i to_half(Vec a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// The upper half of each 32 bits. Not vcvtneps2bf16: that instruction flushes subnormals.
+// The upper half of each 32 bits, of any float: halves.h has what costs less where none is subnormal.
 inline __m512i round_to_bfloat16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v), half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
   const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));

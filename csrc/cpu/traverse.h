@@ -11,7 +11,9 @@
 //   Params params(field)                           field(f) gives column f of the ChannelTable for the lanes at hand
 //   void operator()(int64_t i, Lanes, const Params&, Vec* sums)      elements [i, i + lanes): Whole{} or First{n}
 // In runs it may also take two vectors at a time:
-//   void pair(int64_t i, const Params&)            elements [i, i + 2 * kLanes); kSums is 0
+//   void pair(int64_t i, const Params&, Vec* sums, Vec* more_sums)  elements [i, i + 2 * kLanes)
+// or as many as it likes, where kSums is 0:
+//   int64_t run(int64_t i, int64_t end, const Params&)              elements [i, r); returns r <= end
 // or, in runs and columns, with accumulators of a form of its own that begin empty:
 //   struct Pairs { bool settled() const; }         settled: from here on, less work will do
 //   template <bool kSettled> void add(int64_t i, Pairs&) const      elements [i, i + 2 * kLanes)
@@ -30,8 +32,9 @@
 
 #include "cpu/blocks.h"
 #include "cpu/buffer.h"
+#include "cpu/halves.h"
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 
@@ -78,12 +81,15 @@ template <class T>
 struct Results {
   T* data;
   bool streams;
+  bool rounds_pairs;  // by one instruction
 
-  Results(void* out, const Layout& layout, const Walk& walk)
+  // no_subnormals: what will be put is never subnormal.
+  Results(void* out, const Layout& layout, const Walk& walk, bool no_subnormals = false)
       : data(static_cast<T*>(out)),
         streams(layout.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
                 reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0 &&
-                (walk.rows == 1 || (walk.by_columns ? walk.period : layout.inner) % kLanes == 0)) {}
+                (walk.rows == 1 || (walk.by_columns ? walk.period : layout.inner) % kLanes == 0)),
+        rounds_pairs(kInPairs<T> && no_subnormals && rounds_to_bfloat16()) {}
 
   void put(int64_t i, Vec v, Whole) const {
     if (streams) {
@@ -93,6 +99,14 @@ struct Results {
     }
   }
   void put(int64_t i, Vec v, First lanes) const { store(data + i, v, lanes); }
+  // Two vectors side by side.
+  void put_pair(int64_t i, Vec low, Vec high) const {
+#if defined(__AVX512F__)
+    if (rounds_pairs) return put_bits(i, narrow_normal(low, high));
+#endif
+    put(i, low, Whole{});
+    put(i + kLanes, high, Whole{});
+  }
 #if defined(__AVX512F__)
   void put_bits(int64_t i, __m512i bits) const {
     if (streams) {  // which asks for no more alignment than a vector of T has
@@ -235,12 +249,14 @@ inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t
       i += count * 2 * kLanes;
     }
   }
-  if constexpr (requires { op.pair(i, params); }) {
-#pragma GCC unroll 2
-    for (; i + 2 * kLanes <= end; i += 2 * kLanes) op.pair(i, params);
-  }
+  if constexpr (requires { op.run(i, end, params); }) i = op.run(i, end, params);
   for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes)
-    for (int u = 0; u < kUnroll; ++u) op(i + u * kLanes, Whole{}, params, sums[u]);
+    if constexpr (kUnroll % 2 == 0 && requires { op.pair(i, params, sums[0], sums[0]); }) {
+#pragma GCC unroll 2
+      for (int u = 0; u < kUnroll; u += 2) op.pair(i + u * kLanes, params, sums[u], sums[u + 1]);
+    } else {
+      for (int u = 0; u < kUnroll; ++u) op(i + u * kLanes, Whole{}, params, sums[u]);
+    }
   for (; i + kLanes <= end; i += kLanes) op(i, Whole{}, params, sums[0]);
   if (i < end) apply_first(op, i, static_cast<int>(end - i), params, sums[0]);
   for (int u = 1; u < kUnroll; ++u) merge_sums<Op>(sums[0], sums[u]);

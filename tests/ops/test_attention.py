@@ -88,6 +88,50 @@ def test_minmax_mixture_is_made_of_its_parts(backend, problem):
     assert_bit_equal(q, reference.attention_quantize(*parts))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [(2, 4, 8), (8, 1), (2, 3, 4), (6, 3, 2, 1)], ids=str)
+def test_every_number_of_a_half_type_in_a_covering_range(backend, bits, dtype):
+    """Where codes follow from those of the finest member they may be looked up: also next to the boundaries of codes,
+    and near 0, where numbers are so close together that some codes do not follow."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    levels, zeros = [2**n - 1 for n in bits], [0] * len(bits)
+    random = torch.Generator().manual_seed(len(bits))
+    attention = torch.softmax(torch.randn(len(bits), generator=random), 0)
+    ranges = [(-2.0, 2.0), (0.0, 1.0), (-1e-5, 3e-5), (-1e-6, 6e4), *(3 * torch.randn(6, 2, generator=random)).tolist()]
+    many = 20_000 if backend.name == "cpu" else 2_000
+    for low, high in map(sorted, ranges):
+        x = numbers[(numbers >= low) & (numbers <= high)]
+        x = x[torch.randperm(len(x), generator=random)[:many]].to(backend.device)
+        grids = backend.ops.minmax_grids(x, levels, None)
+        q = backend.ops.attention_quantize(x, attention.to(x.device), grids, zeros, levels, zeros, None, True, True)
+        assert_bit_equal(q, reference.attention_quantize(*on_cpu(x, attention, grids), zeros, levels, zeros, None))
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_long_runs_of_half_types(backend, dtype, axis):
+    """Long enough for whatever is prepared for a run, with an end of it left over."""
+    x = torch.randn(2, 3, 2500, generator=torch.Generator().manual_seed(3)).to(dtype)
+    x[1, 2, 7] = INF if axis else 0.0
+    x, levels = x.to(backend.device), [3, 15, 255]
+    attention = torch.tensor([0.2, 0.3, 0.5], device=x.device)
+    grids = backend.ops.minmax_grids(x, levels, axis)
+    q = backend.ops.attention_quantize(x, attention, grids, [0] * 3, levels, [0] * 3, axis, True, True)
+    assert_bit_equal(q, reference.attention_quantize(*on_cpu(x, attention, grids), [0] * 3, levels, [0] * 3, axis))
+
+
+@pytest.mark.parametrize("offset, step", [(0, -99), (-99, -99), (-101, -99), (0, -101), (-126, -127), (-140, -133)])
+def test_small_bfloat16_mixtures(backend, offset, step):
+    """Steps and offsets as powers of two: results are subnormal, next to that, or far from it."""
+    grids = torch.tensor([[[-(2.0**offset), 2.0**step, 0.0]], [[3 * 2.0**offset, 2.0 ** (step + 1), 0.0]]])
+    attention = torch.tensor([0.7, 0.3])
+    x = (grids[0, 0, 0] + torch.linspace(-2, 18, 2000) * grids[0, 0, 1]).to(torch.bfloat16)
+    x[:3] = torch.tensor([INF, -INF, float("nan")])
+    quantizers = [0, 0], [15, 7], [0, 0], None
+    q = backend.ops.attention_quantize(*(t.to(backend.device) for t in (x, attention, grids)), *quantizers)
+    assert_bit_equal(q, reference.attention_quantize(x, attention, grids, *quantizers))
+
+
 @pytest.mark.parametrize("problem", attention_problems(), ids=str)
 def test_backward(backend, problem):
     x, attention, grids = arguments(problem, backend.device)

@@ -58,6 +58,26 @@ def test_masked(backend, problem):
     assert grad_x.stride() == q.stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("offset", [0.0, -(2.0**-99), -(2.0**-101), -(2.0**-126), -(2.0**-140), 1.0, NAN, -INF])
+@pytest.mark.parametrize("step", [2.0**-99, 2.0**-101, 1.7 * 2.0**-126, 2.0**-133, 2.0**-149, 0.0, NAN, INF])
+def test_small_bfloat16_results(backend, offset, step, axis):
+    """Results that are subnormal, next to that, or far from it, and what is not finite."""
+    x = torch.linspace(-3, 19, 1000) * (step if 0 < step < INF else 1.0) + (offset if offset > -INF else 0.0)
+    x[1:6] = torch.tensor([NAN, INF, -INF, 0.0, -0.0])
+    x = torch.stack((x, x.flip(0))).to(torch.bfloat16)
+    rows = [[offset, step, 0.0], [0.5, 0.25, 0.0]]
+    grid = torch.tensor(rows if axis == 0 else rows[:1])
+    on_device = x.to(backend.device), grid.to(backend.device)
+    expected = reference.fake_quantize_masked(x, grid, 15, axis)
+    q, mask = backend.ops.fake_quantize_masked(*on_device, 15, axis)
+    assert_bit_equal(q, expected[0])
+    assert_bit_equal(mask, expected[1])
+    for kind, levels in ((Kind.UNIFORM, 15), (Kind.BINARY, 1), (Kind.TERNARY, 2)):
+        q = backend.ops.fake_quantize(*on_device, kind, levels, Ste.IDENTITY, axis)
+        assert_bit_equal(q, reference.fake_quantize(x, grid, kind, levels, Ste.IDENTITY, axis))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("axis", [None, 1])
 def test_a_constant_grid_keeps_one_bit_an_element(backend, layout, axis):
