@@ -13,19 +13,36 @@
 namespace qk::cpu::QK_CPU_ISA {
 namespace {
 
-// The channel travels through the ChannelTable as the bits of an int.
+// Where the levels are looked up: in registers, of the one channel of a run; among vectors, of the columns' channels; or, of
+// any number of bits, in memory, lane by lane.
+enum class Lookup { kRegisters, kColumns, kMemory };
+
+// For lookups in registers and memory: the channel travels through the ChannelTable as the bits of an int.
 ChannelTable channel_numbers(const Layout& layout, const Walk& walk) {
   return ChannelTable(layout, walk, 1, [&](const auto& field) {
     for (int64_t c = 0; c < layout.channels; ++c) field(0)[c] = std::bit_cast<float>(static_cast<int32_t>(c));
   });
 }
 
-// kBits: of the one channel of a run; 0: any number, each lane with a channel of its own.
-template <int kBits>
-auto levels_of(const LevelTables& tables, int bits, Vec channels) {
+// For lookups among columns: the first `fields` fields of the channels' tables.
+ChannelTable column_tables(const Layout& layout, const Walk& walk, const LevelTables& tables, int bits, int fields) {
+  const int entries = level_entries(bits), leaves = 1 << bits;
+  return ChannelTable(layout, walk, fields * entries, [&](const auto& field) {
+    const auto copy = [&](int at) {
+      float* const to = field(at);
+      for (int64_t c = 0; c < layout.channels; ++c) to[c] = tables.of(c)[at];
+    };
+    for (int node = 1; node < leaves; ++node) copy(kThresholds * entries + node);
+    for (int f = 1; f < fields; ++f)
+      for (int leaf = leaves; leaf < 2 * leaves; ++leaf) copy(f * entries + (leaf & (entries - 1)));
+  });
+}
+
+template <Lookup kLookup, int kBits>
+auto levels_of_channels(const LevelTables& tables, int bits, Vec channels) {
   float lanes[kLanes];
   store(lanes, channels);
-  if constexpr (kBits > 0) {
+  if constexpr (kLookup == Lookup::kRegisters) {
     return SharedLevels<kBits>(tables.of(std::bit_cast<int32_t>(lanes[0])));
   } else {
     LaneLevels levels{};
@@ -37,9 +54,12 @@ auto levels_of(const LevelTables& tables, int bits, Vec channels) {
 
 enum class Result { kValues, kMoments, kCodes };  // kMoments: values as well
 
-template <int kBits, Result kResult, class T>
+// kBits: 0 where levels are looked up in memory.
+template <Lookup kLookup, int kBits, Result kResult, class T>
 struct Forward {
   static constexpr int kRoom = kBits ? kBits : kMaxBits;  // digits that there are accumulators for
+  static constexpr int kFirstField = kResult == Result::kCodes ? kCodes : kLevels;
+  static constexpr int kFields = kResult == Result::kMoments ? 1 + kBits : 1;
   static constexpr int kSums = kResult == Result::kMoments ? moment_sums(kRoom) : 0;
   using Out = std::conditional_t<kResult == Result::kCodes, uint8_t*, Results<T>>;
   const T* x;
@@ -49,13 +69,24 @@ struct Forward {
 
   template <class Field>
   auto params(Field field) const {
-    return levels_of<kBits>(tables, bits, field(0));
+    if constexpr (kLookup == Lookup::kColumns) {
+      return ColumnLevels<kBits, kFirstField, kFields>(field);
+    } else {
+      return levels_of_channels<kLookup, kBits>(tables, bits, field(0));
+    }
+  }
+
+  template <int kVectors>
+  void prefetch(int64_t i) const
+    requires(kSums > 0)
+  {
+    prefetch_elements<kVectors * kLanes>(x + i);
   }
 
   template <class Lanes, class Levels>
   void operator()(int64_t i, Lanes lanes, const Levels& levels, Vec* sums) const {
     const Vec value = load(x + i, lanes);
-    const Index leaf = nearest(value, levels);
+    const auto leaf = nearest(value, levels);
     if constexpr (kResult == Result::kCodes) {
       store_codes(out + i, levels(kCodes, leaf), lanes);
     } else {
@@ -116,21 +147,45 @@ void put_moments(const LearnedBasisArgs& args, int room, const std::vector<doubl
   }
 }
 
-// Calls f.template operator()<kBits>(), kBits as for levels_of.
+// The last one in the order of levels.
+float top_level(const float* row, int bits) {
+  int top = 0;
+  for (int code = 1; code < 1 << bits; ++code)
+    if (comes_before(level_of(row, top), top, level_of(row, code), code)) top = code;
+  return level_of(row, top);
+}
+
+// Calls f.template operator()<kLookup, kBits>().
 template <class F>
-void with_walk(const Walk& walk, int bits, const F& f) {
-  walk.by_columns ? f.template operator()<0>() : with_table_bits(bits, f);
+void with_lookup(const Walk& walk, int bits, const F& f) {
+  with_table_bits(bits, [&]<int kBits>() {
+    if constexpr (kBits == 0) {
+      f.template operator()<Lookup::kMemory, 0>();
+    } else {
+      walk.by_columns ? f.template operator()<Lookup::kColumns, kBits>()
+                      : f.template operator()<Lookup::kRegisters, kBits>();
+    }
+  });
 }
 
 // Returns the accumulators.
-template <int kBits, class Op>
-std::vector<double> run(const Layout& layout, const Walk& walk, const Op& op) {
-  const ChannelTable channels = channel_numbers(layout, walk);
+template <Lookup kLookup, int kBits, Result kResult, class T, class Out>
+std::vector<double> run(const Layout& layout, const T* x, const Out& out, const LevelTables& tables, int bits) {
+  using Op = Forward<kLookup, kBits, kResult, T>;
+  const Walk walk = walk_of(layout);
+  const Op op{x, out, tables, bits};
   std::vector<double> totals(Op::kSums * layout.channels);
-  if constexpr (kBits > 0) {
-    traverse_runs(layout, walk, channels, op, totals.data());
+  if constexpr (kLookup == Lookup::kColumns) {
+    const ChannelTable table = column_tables(layout, walk, tables, bits, Op::kFirstField + Op::kFields);
+    traverse_columns(layout, walk, table, op, totals.data());
   } else {
-    (walk.by_columns ? traverse_columns<Op> : traverse_runs<Op>)(layout, walk, channels, op, totals.data());
+    const ChannelTable table = channel_numbers(layout, walk);
+    if constexpr (kLookup == Lookup::kMemory)
+      if (walk.by_columns) {
+        traverse_columns(layout, walk, table, op, totals.data());
+        return totals;
+      }
+    traverse_runs(layout, walk, table, op, totals.data());
   }
   return totals;
 }
@@ -143,12 +198,12 @@ void learned_basis_forward(const LearnedBasisArgs& args) {
   with_type(args.dtype, [&]<class T>(T*) {
     const Results<T> out(args.out, args.layout, walk);
     const T* const x = static_cast<const T*>(args.x);
-    with_walk(walk, args.bits, [&]<int kBits>() {
+    with_lookup(walk, args.bits, [&]<Lookup kLookup, int kBits>() {
       if (args.gram) {
-        using Op = Forward<kBits, Result::kMoments, T>;
-        put_moments(args, Op::kRoom, run<kBits>(args.layout, walk, Op{x, out, tables, args.bits}));
+        constexpr int kRoom = Forward<kLookup, kBits, Result::kMoments, T>::kRoom;
+        put_moments(args, kRoom, run<kLookup, kBits, Result::kMoments>(args.layout, x, out, tables, args.bits));
       } else {
-        run<kBits>(args.layout, walk, Forward<kBits, Result::kValues, T>{x, out, tables, args.bits});
+        run<kLookup, kBits, Result::kValues>(args.layout, x, out, tables, args.bits);
       }
     });
   });
@@ -159,18 +214,17 @@ void learned_basis_encode(const LearnedEncodeArgs& args) {
   const LevelTables tables(args.grid, args.layout.channels, args.bits, Encoding::kUnsigned);
   with_type(args.dtype, [&]<class T>(T*) {
     const T* const x = static_cast<const T*>(args.x);
-    with_walk(walk, args.bits, [&]<int kBits>() {
-      run<kBits>(args.layout, walk, Forward<kBits, Result::kCodes, T>{x, args.codes, tables, args.bits});
+    with_lookup(walk, args.bits, [&]<Lookup kLookup, int kBits>() {
+      run<kLookup, kBits, Result::kCodes>(args.layout, x, args.codes, tables, args.bits);
     });
   });
 }
 
 void learned_basis_backward(const LearnedBasisArgs& args) {
   const Walk walk = walk_of(args.layout);
-  const int entries = level_entries(args.bits), top = (2 << args.bits) - 1;  // the last leaf
-  const LevelTables tables(rows_of(args).data(), args.layout.channels, args.bits, args.encoding);
+  const std::vector<float> rows = rows_of(args);
   const ChannelTable limits(args.layout, walk, 1, [&](const auto& field) {
-    for (int64_t c = 0; c < args.layout.channels; ++c) field(0)[c] = tables.of(c)[kLevels * entries + (top & (entries - 1))];
+    for (int64_t c = 0; c < args.layout.channels; ++c) field(0)[c] = top_level(&rows[c * (1 + args.bits)], args.bits);
   });
   with_type(args.dtype, [&]<class T>(T*) {
     traverse(args.layout, walk, limits,

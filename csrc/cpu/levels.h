@@ -2,9 +2,11 @@
 // The nearest of 2^n levels, in every lane: n steps down the search tree of core/learned_basis.h, a look into a table each.
 
 #include <algorithm>
+#include <utility>
 
 #include "core/learned_basis.h"
 #include "cpu/buffer.h"
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 namespace qk::cpu::QK_CPU_ISA {
@@ -110,24 +112,47 @@ struct Table {
 
 // What a channel's tables hold, each by node of the tree, modulo their size: thresholds by inner nodes, the others by
 // leaves.
-enum LevelField : int { kThresholds, kLevels, kCodes, kDigits };  // kDigits + j: e_j
+enum LevelField : int { kThresholds, kCodes, kLevels, kDigits };  // kDigits + j: e_j
 
 inline constexpr int kMaxTableBits = 4;  // beyond it tables stay in memory
 inline constexpr int level_entries(int bits) { return bits <= 3 ? 8 : 1 << bits; }
+
+// Calls f.template operator()<kBits>() with 1 to kMaxTableBits bits, or with 0 for more.
+template <class F>
+inline void with_table_bits(int bits, const F& f) {
+  switch (bits) {
+    case 1:
+      return f.template operator()<1>();
+    case 2:
+      return f.template operator()<2>();
+    case 3:
+      return f.template operator()<3>();
+    case 4:
+      return f.template operator()<4>();
+    default:
+      return f.template operator()<0>();
+  }
+}
 
 class LevelTables {
  public:
   // rows [channels, 1 + bits]: offset and steps, as row_of_basis makes them.
   LevelTables(const float* rows, int64_t channels, int bits, Encoding encoding)
       : entries_(level_entries(bits)), stride_((kDigits + bits) * entries_), values_(channels * stride_) {
-    for (int64_t c = 0; c < channels; ++c) fill(rows + c * (1 + bits), bits, encoding, values_.data() + c * stride_);
+    with_table_bits(bits, [&]<int kBits>() {
+      // Mostly by the thread that will use them.
+      parallel_for(channels, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c)
+          fill(rows + c * (1 + bits), kBits ? kBits : bits, encoding, values_.data() + c * stride_);
+      });
+    });
   }
 
   // [fields][entries]
   const float* of(int64_t channel) const { return values_.data() + channel * stride_; }
 
  private:
-  void fill(const float* row, int bits, Encoding encoding, float* table) const {
+  QK_INLINED void fill(const float* row, int bits, Encoding encoding, float* table) const {
     float levels[kMaxLearnedLevels];
     int codes[kMaxLearnedLevels];
     const int count = 1 << bits;
@@ -170,6 +195,56 @@ struct SharedLevels {
   Vec operator()(int f, Index i) const { return field[f][i]; }
 };
 
+// A channel of its own for each lane: vectors of what the channels have at one place of the tree, and a lookup selects among
+// them. Of the fields of leaves there are kCount, from kFirst on.
+template <int kBits, int kFirst, int kCount>
+struct ColumnLevels {
+  static constexpr int kMost = kBits;
+  static constexpr int kLeaves = 1 << kBits;
+  struct Path {
+    Mask right[kBits];  // at each depth
+  };
+  Vec threshold[kLeaves];  // by node; there is no node 0
+  Vec leaf[kCount][kLeaves];
+
+  ColumnLevels() = default;
+  // field(f * level_entries(kBits) + node): what the tables of the lanes' channels hold.
+  template <class Field>
+  explicit ColumnLevels(Field field) {
+    constexpr int kEntries = level_entries(kBits);
+    threshold[0] = splat(0.0f);
+    for (int node = 1; node < kLeaves; ++node) threshold[node] = field(kThresholds * kEntries + node);
+    for (int f = 0; f < kCount; ++f)
+      for (int rank = 0; rank < kLeaves; ++rank)
+        leaf[f][rank] = field((kFirst + f) * kEntries + ((kLeaves + rank) & (kEntries - 1)));
+  }
+  static constexpr int bits() { return kBits; }
+  Vec operator()(int f, const Path& path) const { return chosen<kBits>(leaf[f - kFirst], path); }
+
+  // Of the 2^kDepth nodes at one depth, the one that the path leads to.
+  template <int kDepth>
+  static Vec chosen(const Vec* nodes, const Path& path) {
+    if constexpr (kDepth == 0) {
+      return nodes[0];
+    } else {
+      constexpr int kHalf = 1 << (kDepth - 1);
+      Vec below[kHalf];
+#pragma GCC unroll 8
+      for (int i = 0; i < kHalf; ++i) below[i] = select(path.right[kDepth - 1], nodes[2 * i + 1], nodes[2 * i]);
+      return chosen<kDepth - 1>(below, path);
+    }
+  }
+};
+
+template <int kBits, int kFirst, int kCount>
+inline auto nearest(Vec x, const ColumnLevels<kBits, kFirst, kCount>& levels) {
+  typename ColumnLevels<kBits, kFirst, kCount>::Path path;
+  [&]<int... kDepth>(std::integer_sequence<int, kDepth...>) {
+    ((path.right[kDepth] = less(levels.template chosen<kDepth>(levels.threshold + (1 << kDepth), path), x)), ...);
+  }(std::make_integer_sequence<int, kBits>{});
+  return path;
+}
+
 // A channel of its own for each lane, any number of bits. Seldom, so one piece of code does.
 struct LaneLevels {
   static constexpr int kMost = kMaxBits;
@@ -207,23 +282,6 @@ inline Index nearest(Vec x, const Levels& levels) {
   for (int depth = 0; depth < Levels::kMost; ++depth)
     if (depth < levels.bits()) node = child(node, less(levels(kThresholds, node), x));
   return node;
-}
-
-// Calls f.template operator()<kBits>() with 1 to kMaxTableBits bits, or with 0 for more.
-template <class F>
-inline void with_table_bits(int bits, const F& f) {
-  switch (bits) {
-    case 1:
-      return f.template operator()<1>();
-    case 2:
-      return f.template operator()<2>();
-    case 3:
-      return f.template operator()<3>();
-    case 4:
-      return f.template operator()<4>();
-    default:
-      return f.template operator()<0>();
-  }
 }
 
 }  // namespace qk::cpu::QK_CPU_ISA

@@ -442,11 +442,15 @@ inline void run_columns(const Layout& layout, const Walk& walk, const ChannelTab
 }
 
 // Vectors of columns that are walked together: as many as leave their parameters, of which an op uses about half, and
-// accumulators in registers.
+// accumulators in registers, but where there are results no less than a cache line of them: in smaller pieces they would be
+// streamed to memory a piece at a time.
 template <class Op, class Params>
 constexpr int strip_width() {
   constexpr int kEach = Op::kSums + static_cast<int>(sizeof(Params) / sizeof(Vec) / 2), kSpare = kRegisters * 3 / 4;
-  return 4 * kEach <= kSpare ? 4 : 2 * kEach <= kSpare ? 2 : 1;
+  constexpr int kFitting = 4 * kEach <= kSpare ? 4 : 2 * kEach <= kSpare ? 2 : 1;
+  if constexpr (requires(Op op) { op.out; })
+    return std::max(kFitting, 64 / static_cast<int>(kLanes * sizeof(*std::declval<Op>().x)));
+  return kFitting;
 }
 
 template <class Op>
