@@ -132,14 +132,14 @@ struct Forward : Members<kMix, kCount, true> {
 #if defined(__AVX512F__)
 // The forward of half types by a table, where a code of the finest member tells the codes of all others. With levels like
 // those of 2, 4 and 8 bits, which divide each other to odd numbers, codes of a coarser member change where one of the finest
-// does, but for rounding errors. These do not matter where no number of the half type lies between the two places, and that
-// is checked.
+// does, but for rounding errors. These matter to a few numbers of the half type, which are found out.
 template <int kCount, class T>
 struct LookupForward : Forward<Mix::kCovered, kCount, T> {
   using Base = Forward<Mix::kCovered, kCount, T>;
   static constexpr int64_t kShortest = 2048;  // elements of a run that are worth a table
   struct Params : Base::Params {
     CodeTable table;
+    Exceptions<T> exceptions;
     bool usable;
   };
 
@@ -170,17 +170,26 @@ struct LookupForward : Forward<Mix::kCovered, kCount, T> {
 
   int64_t run(int64_t i, int64_t end, const Params& p) const {
     if (!p.usable) return i;
+    const int count = p.exceptions.count;
+    return count == 0 ? look_up_all<0>(i, end, p) : count <= 2 ? look_up_all<2>(i, end, p) : look_up_all<4>(i, end, p);
+  }
+
+ private:
+  template <int kExceptions>
+  int64_t look_up_all(int64_t i, int64_t end, const Params& p) const {
+    const auto put = [&](int64_t at, __m512i packed) {
+      this->out.put_bits(at, p.exceptions.template apply<kExceptions>(in_order(packed, this->x), load_bits(this->x + at)));
+    };
     constexpr int64_t kHalf = kLookup / 2;
     for (; i + kLookup <= end; i += kLookup) {
       const __m512i codes = _mm512_packus_epi16(finest_codes(i, p), finest_codes(i + kHalf, p));
       const __m512i low = look_up(p.table.low, codes), high = look_up(p.table.high, codes);
-      this->out.put_bits(i, in_order(_mm512_unpacklo_epi8(low, high), this->x));
-      this->out.put_bits(i + kHalf, in_order(_mm512_unpackhi_epi8(low, high), this->x));
+      put(i, _mm512_unpacklo_epi8(low, high));
+      put(i + kHalf, _mm512_unpackhi_epi8(low, high));
     }
     return i;
   }
 
- private:
   // Of 32 elements, packed.
   QK_INLINED __m512i finest_codes(int64_t i, const Params& p) const {
     const auto values = load_to_pack(this->x + i);
@@ -191,35 +200,39 @@ struct LookupForward : Forward<Mix::kCovered, kCount, T> {
   // Never half-way between two codes, for the ratio is 1 to an odd number.
   Vec following(int k, Vec finest) const { return round_to_even(finest * ratio_[k]); }
 
-  // Whether the codes of member k follow for all numbers of the half type. Both ways to them never fall while x rises, so it
-  // is enough that at each boundary between two codes both rise between the same two neighbours.
-  bool follows(int k, const Params& p) const {
+  // Whether the codes of member k follow for all numbers of the half type but a few.
+  bool follows(int k, Params& p) const {
+    const auto code = [&](int member, Vec x) { return this->code(member, x, Base::shared(x, p), p); };
     bool all = true;
     for (float first = 1; first <= levels_[k] && k != finest_; first += kLanes) {
-      const Vec code = min(splat(levels_[k]), count_from(first));
-      const Vec boundary = p.offset[k] + (code - splat(0.5f)) * (p.bound[k] * splat(1.0f / levels_[k]));
-      const Neighbours<T> near(boundary);
-      const auto own = [&](const T* x) { return this->code(k, load(x), Base::shared(load(x), p), p); };
-      const auto same = [&](const T* x) {
-        return equal(own(x), following(k, this->code(finest_, load(x), Base::shared(load(x), p), p)));
-      };
-      const Mask rises = both(less(own(near.below), code), less_equal(code, own(near.above)));
-      all = all && both(rises, both(same(near.below), both(same(near.nearest), same(near.above)))) == first_lanes(kLanes);
+      const Vec codes = min(splat(levels_[k]), count_from(first));
+      const Vec boundary = p.offset[k] + (codes - splat(0.5f)) * (p.bound[k] * splat(1.0f / levels_[k]));
+      all = all && rise_together<T>(
+                       codes, boundary, [&](Vec x) { return code(k, x); },
+                       [&](Vec x) { return following(k, code(finest_, x)); }, p.exceptions);
     }
     return all;
   }
 
+  Vec mixture_at(Vec finest, const Params& p) const {
+    Vec q = p.base;
+    for (int k = 0; k < this->size(); ++k) q = q + p.weight[k] * (k == finest_ ? finest : following(k, finest));
+    return q;
+  }
+
   void fill(Params& p) const {
+    T results[2 * kLanes];
+    Results<T> into = this->out;
+    into.data = results;
+    into.streams = false;
     for (int first = 0; first <= levels_[finest_]; first += 2 * kLanes) {
-      T results[2 * kLanes];
-      for (int half = 0; half < 2 * kLanes; half += kLanes) {
-        const Vec code = count_from(static_cast<float>(first + half));
-        Vec q = p.base;
-        for (int k = 0; k < this->size(); ++k) q = q + p.weight[k] * following(k, code);
-        store(results + half, q);
-      }
+      const float code = static_cast<float>(first);
+      into.put_pair(0, mixture_at(count_from(code), p), mixture_at(count_from(code + kLanes), p));
       p.table.set(first, load_bits(results));
     }
+    Exceptions<T>& own = p.exceptions;
+    std::fill(own.numbers + own.count, own.numbers + kLanes, own.count ? own.numbers[0] : T{});
+    store(own.results, this->mixture(load(own.numbers), p));
   }
 
   int finest_ = 0;
@@ -402,8 +415,10 @@ void attention_quantize_forward(const AttentionArgs& args) {
     with_members(args, [&]<Mix kMix, int kCount>() {
       const auto run = [&]<class Op>(Op*) { traverse(args.layout, walk, table, Op(args, walk)); };
 #if defined(__AVX512F__)
-      if constexpr (kMix == Mix::kCovered && !std::is_same_v<T, float>)
-        if (using Op = LookupForward<kCount, T>; Op::suits(args, walk)) return run(static_cast<Op*>(nullptr));
+      if constexpr (kMix == Mix::kCovered && !std::is_same_v<T, float>) {
+        using Op = LookupForward<kCount, T>;
+        if (Op::suits(args, walk)) return run(static_cast<Op*>(nullptr));
+      }
 #endif
       run(static_cast<Forward<kMix, kCount, T>*>(nullptr));
     });

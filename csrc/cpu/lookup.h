@@ -1,6 +1,8 @@
 #pragma once
 // Results of half types from a table of codes, where the instruction set can: 64 elements at a time.
 
+#include <bit>
+
 #include "cpu/halves.h"
 
 namespace qk::cpu::QK_CPU_ISA {
@@ -57,6 +59,50 @@ struct Neighbours {
     _mm256_storeu_si256(at(above), ordered(_mm256_add_epi16(place, one)));
   }
 };
+
+// A few numbers with results of their own.
+template <class T>
+struct Exceptions {
+  static constexpr int kMost = 4;
+  T numbers[kLanes], results[kLanes];  // the first `count` are in use
+  int count = 0;
+
+  // Returns whether there was room.
+  bool add(T number) {
+    for (int e = 0; e < count; ++e)
+      if (numbers[e].bits == number.bits) return true;
+    if (count == kMost) return false;
+    numbers[count++] = number;
+    return true;
+  }
+
+  // The results of these elements, but for the first kCount exceptions.
+  template <int kCount>
+  QK_INLINED __m512i apply(__m512i results_of_others, __m512i elements) const {
+    const auto all = [](T a) { return _mm512_set1_epi16(static_cast<int16_t>(a.bits)); };
+    __m512i found = results_of_others;
+#pragma GCC unroll 4
+    for (int e = 0; e < kCount; ++e)
+      found = _mm512_mask_mov_epi16(found, _mm512_cmpeq_epi16_mask(elements, all(numbers[e])), all(results[e]));
+    return found;
+  }
+};
+
+// f and g never fall while a number of the half type rises. Whether they reach each of these codes next to `boundary`,
+// between the same two numbers but for at most one, which then is an exception: in that case, and if it is so for all
+// codes, they are equal for all other numbers.
+template <class T, class F, class G>
+inline bool rise_together(Vec codes, Vec boundary, const F& f, const G& g, Exceptions<T>& exceptions) {
+  const Neighbours<T> near(boundary);
+  const auto rises = [&](const auto& code) {
+    return both(less(code(load(near.below)), codes), less_equal(codes, code(load(near.above))));
+  };
+  if (both(rises(f), rises(g)) != first_lanes(kLanes)) return false;
+  const uint32_t differ = bits_of(equal(f(load(near.nearest)), g(load(near.nearest)))) ^ bits_of(first_lanes(kLanes));
+  bool room = true;
+  for (uint32_t rest = differ; rest; rest &= rest - 1) room = room && exceptions.add(near.nearest[std::countr_zero(rest)]);
+  return room;
+}
 
 // first, first + 1, ...
 inline Vec count_from(float first) {
