@@ -4,6 +4,7 @@
 
 #include "cpu/attention.h"
 
+#include <numeric>
 #include <type_traits>
 
 #include "cpu/grid.h"
@@ -20,15 +21,30 @@ enum class Mix {
   kAny,
 };
 
-// Fields of the ChannelTable: base, then four a quantizer.
-inline constexpr int kFields = 4;
+constexpr bool on_one_range(Mix mix) { return mix == Mix::kCovered || mix == Mix::kSharedRange; }
+
+// Fields of the ChannelTable: no more than are used, for those that are loaded must find room in the first-level cache.
+struct Fields {
+  int count;  // K
+  Mix mix;
+  bool weighs;  // a forward: base and weights are wanted
+
+  int ranges() const { return on_one_range(mix) ? 1 : count; }  // of members that have their own
+  bool bounds() const { return mix != Mix::kCovered; }
+  int inverse(int k) const { return k; }
+  int offset(int k) const { return count + k; }
+  int bound(int k) const { return offset(ranges()) + k; }
+  int weight(int k) const { return bound(bounds() ? ranges() : 0) + k; }
+  int base() const { return weight(count); }
+  int size() const { return weighs ? base() + 1 : weight(0); }
+};
 
 // kCount quantizers; 0: any number up to kMaxQuantizers, told at run time. kClamped: nobody asks for a position out of
 // range. Clamping commutes with the multiplication by an inverse step that is positive, so members on one range share it.
-template <Mix kMix, int kCount, bool kClamped>
+template <Mix kMix, int kCount, bool kClamped, bool kWeighs>
 struct Members {
   static constexpr int kSize = kCount ? kCount : kMaxQuantizers;
-  static constexpr bool kOneRange = kMix == Mix::kCovered || kMix == Mix::kSharedRange;
+  static constexpr bool kOneRange = on_one_range(kMix);
   struct Params {
     Vec base;
     Vec offset[kSize], inverse[kSize], weight[kSize], bound[kSize];
@@ -46,13 +62,15 @@ struct Members {
 
   template <class Field>
   Params params(Field field) const {
+    const Fields fields{size(), kMix, kWeighs};
     Params p;
-    p.base = field(0);
+    if (kWeighs) p.base = field(fields.base());
     for (int k = 0; k < size(); ++k) {
-      p.offset[k] = field(1 + kFields * k);
-      p.inverse[k] = field(2 + kFields * k);
-      p.weight[k] = field(3 + kFields * k);
-      p.bound[k] = field(4 + kFields * k);
+      p.inverse[k] = field(fields.inverse(k));
+      if (kWeighs) p.weight[k] = field(fields.weight(k));
+      if (k >= fields.ranges()) continue;
+      p.offset[k] = field(fields.offset(k));
+      if (fields.bounds()) p.bound[k] = field(fields.bound(k));
     }
     return p;
   }
@@ -98,8 +116,8 @@ bool no_subnormal_mixtures(const AttentionArgs& args) {
 }
 
 template <Mix kMix, int kCount, class T>
-struct Forward : Members<kMix, kCount, true> {
-  using Base = Members<kMix, kCount, true>;
+struct Forward : Members<kMix, kCount, true, true> {
+  using Base = Members<kMix, kCount, true, true>;
   static constexpr int kSums = 0;
   const T* x;
   Results<T> out;
@@ -110,8 +128,16 @@ struct Forward : Members<kMix, kCount, true> {
         out(args.out, args.layout, walk, kInPairs<T> && no_subnormal_mixtures(args)) {}
 
   template <class Lanes>
+  Vec read(int64_t i, Lanes lanes) const {
+    return load(x + i, lanes);
+  }
+  template <class Lanes>
+  void write(int64_t i, Lanes lanes, Vec value, const typename Base::Params& p) const {
+    out.put(i, mixture(value, p), lanes);
+  }
+  template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const typename Base::Params& p, Vec*) const {
-    out.put(i, mixture(load(x + i, lanes), p), lanes);
+    write(i, lanes, read(i, lanes), p);
   }
 
   void pair(int64_t i, const typename Base::Params& p, Vec*, Vec*) const
@@ -206,7 +232,7 @@ struct LookupForward : Forward<Mix::kCovered, kCount, T> {
     bool all = true;
     for (float first = 1; first <= levels_[k] && k != finest_; first += kLanes) {
       const Vec codes = min(splat(levels_[k]), count_from(first));
-      const Vec boundary = p.offset[k] + (codes - splat(0.5f)) * (p.bound[k] * splat(1.0f / levels_[k]));
+      const Vec boundary = p.offset[0] + Vec{_mm512_div_ps((codes - splat(0.5f)).v, p.inverse[k].v)};
       all = all && rise_together<T>(
                        codes, boundary, [&](Vec x) { return code(k, x); },
                        [&](Vec x) { return following(k, code(finest_, x)); }, p.exceptions);
@@ -244,8 +270,8 @@ struct LookupForward : Forward<Mix::kCovered, kCount, T> {
 // Accumulators: sum g; sum g c_k a quantizer (of an identity member sum g x); then what kSte, the most that any member asks
 // for, adds a quantizer: below and above, and inside. kStores: grad_x is wanted.
 template <Mix kMix, int kCount, Ste kSte, bool kStores, class T>
-struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
-  using Base = Members<kMix, kCount, kSte == Ste::kIdentity>;
+struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity, false> {
+  using Base = Members<kMix, kCount, kSte == Ste::kIdentity, false>;
   static constexpr int kSize = Base::kSize;
   static constexpr int kRangeSums = kSte == Ste::kFull ? 3 : kSte == Ste::kClip ? 2 : 0;
   static constexpr int kSums = 1 + kSize * (1 + kRangeSums);
@@ -267,10 +293,9 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
     }
   }
 
-  template <int kVectors>
   void prefetch(int64_t i) const {
-    prefetch_elements<kVectors * kLanes>(x + i);
-    prefetch_elements<kVectors * kLanes>(grad + i);
+    prefetch_vector(x + i);
+    prefetch_vector(grad + i);
   }
 
   template <class Lanes>
@@ -313,58 +338,90 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity> {
   }
 };
 
-float range_of(const AttentionArgs& args, int64_t k, int64_t c) {
-  return grid_row(args, k, c)[1] * static_cast<float>(args.levels[k]);
-}
+// The grids column by column, so that what is done for each channel at each call is done for many at a time.
+class GridColumns {
+ public:
+  explicit GridColumns(const AttentionArgs& args)
+      : channels_(args.layout.channels), values_(args.count * kGridColumns * channels_) {
+    for (int64_t k = 0; k < args.count; ++k) {
+      const float* __restrict const grid = args.grids + k * channels_ * kGridColumns;
+      float* __restrict const offset = column(k, 0), * __restrict const step = column(k, 1);
+      float* __restrict const threshold = column(k, 2);
+      for (int64_t c = 0; c < channels_; ++c) {
+        offset[c] = grid[c * kGridColumns];
+        step[c] = grid[c * kGridColumns + 1];
+        threshold[c] = grid[c * kGridColumns + 2];
+      }
+    }
+  }
+
+  const float* offset(int64_t k) const { return column(k, 0); }
+  const float* step(int64_t k) const { return column(k, 1); }
+  const float* threshold(int64_t k) const { return column(k, 2); }
+
+ private:
+  float* column(int64_t k, int64_t which) const { return values_.data() + (k * kGridColumns + which) * channels_; }
+
+  int64_t channels_;
+  Buffer<float> values_;
+};
 
 // Whether the range of member k begins with that of member 0 in every channel and ends with it, to well within half of its
 // step, and whether its steps have inverses. Without branches or divisions: it is done for each channel at each call.
-bool shares_range(const AttentionArgs& args, int64_t k) {
+bool shares_range(const AttentionArgs& args, const GridColumns& grids, int64_t k) {
   constexpr float kLeast = std::numeric_limits<float>::min(), kMost = 1.0f / kLeast;
-  bool shared = true;
+  const float *const offset = grids.offset(k), *const step = grids.step(k);
+  const float *const first_offset = grids.offset(0), *const first_step = grids.step(0);
+  const auto levels = static_cast<float>(args.levels[k]), first_levels = static_cast<float>(args.levels[0]);
+  int apart = 0;
   for (int64_t c = 0; c < args.layout.channels; ++c) {
-    const float offset = grid_row(args, k, c)[0], step = grid_row(args, k, c)[1];
-    const bool ends = std::abs(range_of(args, 0, c) - range_of(args, k, c)) < 0.25f * step;
-    shared &= (offset == grid_row(args, 0, c)[0]) & (step >= kLeast) & (step <= kMost) & ends;
+    const float difference = std::abs(first_step[c] * first_levels - step[c] * levels);
+    const bool shared =
+        (offset[c] == first_offset[c]) & (step[c] >= kLeast) & (step[c] <= kMost) & (difference < 0.25f * step[c]);
+    apart |= !shared;
   }
-  return shared;
+  return !apart;
 }
 
-ChannelTable members_table(const AttentionArgs& args, const Walk& walk) {
-  const int fields = 1 + kFields * static_cast<int>(args.count);
-  return ChannelTable(args.layout, walk, fields, [&](const auto& field) {
-    const int64_t channels = args.layout.channels;
-    float* const base = field(0);  // the table begins with zeros
-    for (int64_t k = 0; k < args.count; ++k) {
-      const int first = 1 + kFields * static_cast<int>(k);
-      float *const offset = field(first), *const inverse = field(first + 1), *const weight = field(first + 2);
-      float* const bound = field(first + 3);
-      const float attention = args.attention[k];
-      const bool identity = args.kinds[k] == Kind::kIdentity, uniform = args.kinds[k] == Kind::kUniform;
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* const row = grid_row(args, k, c);
-        if (!identity) base[c] = base[c] + attention * row[0];
-        offset[c] = row[0];
-        inverse[c] = inverse_step(row[1]);
-        weight[c] = identity ? attention : attention * row[1];
-        bound[c] = uniform ? range_of(args, k, c) : row[2];
-      }
-    }
-  });
-}
-
-Mix mix_of(const AttentionArgs& args) {
+Mix mix_of(const AttentionArgs& args, const GridColumns& grids) {
   bool shared = true;
   for (int64_t k = 0; k < args.count; ++k) {
     if (args.kinds[k] != Kind::kUniform) return Mix::kAny;
-    shared = shared && shares_range(args, k);
+    shared = shared && shares_range(args, grids, k);
   }
   return !shared ? Mix::kUniform : args.covered ? Mix::kCovered : Mix::kSharedRange;
 }
 
+ChannelTable members_table(const AttentionArgs& args, const Walk& walk, const GridColumns& grids, const Fields& fields) {
+  return ChannelTable(args.layout, walk, fields.size(), [&](const auto& field) {
+    const int64_t channels = args.layout.channels;
+    if (fields.weighs) std::fill_n(field(fields.base()), channels, 0.0f);
+    for (int k = 0; k < args.count; ++k) {
+      const float* __restrict const offset = grids.offset(k), * __restrict const step = grids.step(k);
+      float* __restrict const inverse = field(fields.inverse(k));
+      for (int64_t c = 0; c < channels; ++c) inverse[c] = inverse_step(step[c]);
+      if (fields.weighs) {
+        const bool identity = args.kinds[k] == Kind::kIdentity;
+        const float attention = args.attention[k];
+        float* __restrict const base = field(fields.base()), * __restrict const weight = field(fields.weight(k));
+        for (int64_t c = 0; c < channels; ++c) base[c] = identity ? base[c] : base[c] + attention * offset[c];
+        for (int64_t c = 0; c < channels; ++c) weight[c] = identity ? attention : attention * step[c];
+      }
+      if (k >= fields.ranges()) continue;
+      std::copy_n(offset, channels, field(fields.offset(k)));
+      if (!fields.bounds()) continue;
+      float* __restrict const bound = field(fields.bound(k));
+      const auto levels = static_cast<float>(args.levels[k]);
+      const bool uniform = args.kinds[k] == Kind::kUniform;
+      const float* __restrict const threshold = grids.threshold(k);
+      for (int64_t c = 0; c < channels; ++c) bound[c] = uniform ? step[c] * levels : threshold[c];
+    }
+  });
+}
+
 // Calls f.template operator()<mix, count>(); counts that the papers use are unrolled.
 template <class F>
-void with_members(const AttentionArgs& args, const F& f) {
+void with_members(const AttentionArgs& args, Mix mix, const F& f) {
   const auto with_count = [&]<Mix kMix>() {
     switch (args.count) {
       case 2:
@@ -375,7 +432,7 @@ void with_members(const AttentionArgs& args, const F& f) {
         return f.template operator()<kMix, 0>();
     }
   };
-  switch (mix_of(args)) {
+  switch (mix) {
     case Mix::kCovered:
       return with_count.template operator()<Mix::kCovered>();
     case Mix::kSharedRange:
@@ -387,22 +444,33 @@ void with_members(const AttentionArgs& args, const F& f) {
   }
 }
 
+// sum_c a[c] * b[c]: several sums, for an addition of doubles takes as long as several of them.
+double dot(const float* a, const double* b, int64_t count) {
+  constexpr int kSums = 16;
+  double sums[kSums] = {};
+  int64_t c = 0;
+  for (; c + kSums <= count; c += kSums)
+    for (int s = 0; s < kSums; ++s) sums[s] += a[c + s] * b[c + s];
+  for (; c < count; ++c) sums[0] += a[c] * b[c];
+  return std::accumulate(sums, sums + kSums, 0.0);
+}
+
 // totals: the accumulators of Backward, [kSums][channels].
-void finish_backward(const AttentionArgs& args, const std::vector<double>& totals, int size, int range_sums) {
+void finish_backward(const AttentionArgs& args, const GridColumns& grids, const std::vector<double>& totals, int size,
+                     int range_sums) {
   const int64_t channels = args.layout.channels;
   for (int64_t k = 0; k < args.count; ++k) {
-    double product = 0.0;  // <g, Q_k>
-    for (int64_t c = 0; c < channels; ++c) {
-      const float* const row = grid_row(args, k, c);
-      const double with_code = totals[(1 + k) * channels + c];
-      product += args.kinds[k] == Kind::kIdentity ? with_code : row[0] * totals[c] + row[1] * with_code;
-      if (!args.sums) continue;
-      const int used = args.stes[k] == Ste::kFull ? 3 : args.stes[k] == Ste::kClip ? 2 : 0;
+    const double* const with_code = totals.data() + (1 + k) * channels;
+    const double product = args.kinds[k] == Kind::kIdentity  // <g, Q_k>
+                               ? std::accumulate(with_code, with_code + channels, 0.0)
+                               : dot(grids.offset(k), totals.data(), channels) + dot(grids.step(k), with_code, channels);
+    args.grad_attention[k] = static_cast<float>(product);
+    if (!args.sums) continue;
+    const int used = args.stes[k] == Ste::kFull ? 3 : args.stes[k] == Ste::kClip ? 2 : 0;
+    for (int64_t c = 0; c < channels; ++c)
       for (int s = 0; s < 3; ++s)
         args.sums[(k * channels + c) * 3 + s] =
             s < used ? static_cast<float>(totals[(1 + size + range_sums * k + s) * channels + c]) : 0.0f;
-    }
-    args.grad_attention[k] = static_cast<float>(product);
   }
 }
 
@@ -410,9 +478,11 @@ void finish_backward(const AttentionArgs& args, const std::vector<double>& total
 
 void attention_quantize_forward(const AttentionArgs& args) {
   const Walk walk = walk_of(args.layout);
-  const ChannelTable table = members_table(args, walk);
+  const GridColumns grids(args);
+  const Mix mix = mix_of(args, grids);
+  const ChannelTable table = members_table(args, walk, grids, {static_cast<int>(args.count), mix, true});
   with_type(args.dtype, [&]<class T>(T*) {
-    with_members(args, [&]<Mix kMix, int kCount>() {
+    with_members(args, mix, [&]<Mix kMix, int kCount>() {
       const auto run = [&]<class Op>(Op*) { traverse(args.layout, walk, table, Op(args, walk)); };
 #if defined(__AVX512F__)
       if constexpr (kMix == Mix::kCovered && !std::is_same_v<T, float>) {
@@ -427,13 +497,15 @@ void attention_quantize_forward(const AttentionArgs& args) {
 
 void attention_quantize_backward(const AttentionArgs& args) {
   const Walk walk = walk_of(args.layout);
-  const ChannelTable table = members_table(args, walk);
+  const GridColumns grids(args);
+  const Mix mix = mix_of(args, grids);
+  const ChannelTable table = members_table(args, walk, grids, {static_cast<int>(args.count), mix, false});
   const Ste most = *std::max_element(args.stes, args.stes + args.count);
   with_type(args.dtype, [&]<class T>(T*) {
-    with_members(args, [&]<Mix kMix, int kCount>() {
+    with_members(args, mix, [&]<Mix kMix, int kCount>() {
       const auto run = [&]<Ste kSte, bool kStores = true>() {
         using Op = Backward<kMix, kCount, kSte, kStores, T>;
-        finish_backward(args, traverse(args.layout, walk, table, Op(args, walk)), Op::kSize, Op::kRangeSums);
+        finish_backward(args, grids, traverse(args.layout, walk, table, Op(args, walk)), Op::kSize, Op::kRangeSums);
       };
       if (!args.out) return run.template operator()<Ste::kIdentity, false>();
       if constexpr (kMix != Mix::kCovered) switch (most) {

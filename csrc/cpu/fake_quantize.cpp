@@ -54,10 +54,9 @@ struct Backward {
     return grid_params(field);
   }
 
-  template <int kVectors>
   void prefetch(int64_t i) const {
-    prefetch_elements<kVectors * kLanes>(x + i);
-    prefetch_elements<kVectors * kLanes>(grad + i);
+    prefetch_vector(x + i);
+    prefetch_vector(grad + i);
   }
 
   template <class Lanes>

@@ -76,13 +76,6 @@ struct Forward {
     }
   }
 
-  template <int kVectors>
-  void prefetch(int64_t i) const
-    requires(kSums > 0)
-  {
-    prefetch_elements<kVectors * kLanes>(x + i);
-  }
-
   template <class Lanes, class Levels>
   void operator()(int64_t i, Lanes lanes, const Levels& levels, Vec* sums) const {
     const Vec value = load(x + i, lanes);

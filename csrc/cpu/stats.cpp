@@ -21,11 +21,6 @@ struct ChannelStats {
     return {};
   }
 
-  template <int kVectors>
-  void prefetch(int64_t i) const {
-    prefetch_elements<kVectors * kLanes>(x + i);
-  }
-
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, NoParams, Vec* sums) const {
     const Vec value = load(x + i, lanes);
@@ -53,7 +48,7 @@ struct ChannelStatsOfHalves : ChannelStats<T> {
   };
 
   template <bool kSettled>
-  void add(int64_t i, Pairs& to) const {
+  QK_INLINED void add(int64_t i, Pairs& to) const {
     const __m512i bits = load_bits(this->x + i);
     to.largest_signed = _mm512_max_epi16(to.largest_signed, bits);
     to.largest = _mm512_max_epu16(to.largest, bits);

@@ -18,8 +18,13 @@
 //   struct Pairs { bool settled() const; }         settled: from here on, less work will do
 //   template <bool kSettled> void add(int64_t i, Pairs&) const      elements [i, i + 2 * kLanes)
 //   void finish(const Pairs&, Vec (&sums)[2][kSums + 1]) const      of at least one add: as operator() would have them
-// and ask for what it will read, which columns need (run_strip):
-//   template <int kVectors> void prefetch(int64_t i) const          elements [i, i + kVectors * kLanes)
+// In columns it may take the elements of several rows before it stores results, as the processor holds back a load from an
+// address whose low 12 bits are those of a store shortly before:
+//   auto read(int64_t i, Lanes)                    what operator() loads of elements [i, i + lanes)
+//   void write(int64_t i, Lanes, read, const Params&)               and the rest of it; kSums is 0
+// or ask for what it will read where that is far away, which an op of several tensors needs: the rows under way are more
+// streams than prefetchers follow:
+//   void prefetch(int64_t i) const                 elements [i, i + kLanes)
 // Accumulators are reduced in an order that depends on the layout alone, never on the number of threads.
 
 #include <algorithm>
@@ -42,7 +47,9 @@ inline constexpr int64_t kMinRun = 32;            // shorter runs go by columns,
 inline constexpr int64_t kMinRows = 8;            // unless too few rows share the tables: then a run of
 inline constexpr int64_t kShortRun = 4;           // this length is better off with a partial vector
 inline constexpr int64_t kPiece = 1 << 14;        // elements a task takes at a time: its tensors stay in L2
-inline constexpr int64_t kStripRows = 64;         // columns: rows that are walked with parameters in registers
+inline constexpr int64_t kShortRow = 256;         // columns: elements of a row that is repeated until it has as many
+inline constexpr int64_t kAskedRows = 28;         // columns: rows that are walked while as many are asked for
+inline constexpr int64_t kStripRows = 128;        // columns: rows whose accumulators stay in registers, for ops of pairs
 inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they are asked whether they are settled
 inline constexpr int64_t kMaxBlocks = 16;         // column blocks of a reduction, each with partial sums of its own
 inline constexpr int64_t kMaxBlockRows = 4096;    // so that a float32 partial sum stays accurate
@@ -66,8 +73,10 @@ inline Walk walk_of(const Layout& layout) {
     return walk;
   }
   const int64_t row = layout.channels * layout.inner;
-  // A short row is repeated until it fills whole vectors, so that no row ends in a partial one.
-  walk.period = row >= kPiece / 64 ? row : row * (kLanes / std::gcd<int64_t>(row, kLanes));
+  // A short row is repeated until it fills whole vectors, so that no row ends in a partial one, and enough of them that the
+  // accumulators of one have been stored when they are wanted again.
+  const int64_t whole = row * (kLanes / std::gcd<int64_t>(row, kLanes));
+  walk.period = row >= kShortRow ? row : whole * ((kShortRow + whole - 1) / whole);
   walk.rows = (layout.numel() + walk.period - 1) / walk.period;
   const int64_t enough = std::max(4 * kPiece / walk.period, std::min(walk.rows / kMaxBlocks, kMaxBlockRows));
   walk.piece = std::max<int64_t>(1, enough);
@@ -119,22 +128,37 @@ struct Results {
 #endif
 };
 
-// Parameters of the channels, a field a row: one entry a channel for runs, one entry a column for columns.
+// Parameters of the channels. Runs: a field after the other, an entry a channel. Columns: an entry a column, and the fields
+// of a vector of columns side by side, for fields that lie 2 KiB apart share eight lines of the first-level cache.
 class ChannelTable {
  public:
   // fill(field) writes the channels' values of every field f to field(f)[channel].
   template <class F>
   ChannelTable(const Layout& layout, const Walk& walk, int fields, const F& fill)
-      : entries_(walk.by_columns ? (walk.period + kLanes - 1) / kLanes * kLanes : layout.channels),
+      : fields_(fields),
+        entries_(walk.by_columns ? (walk.period + kLanes - 1) / kLanes * kLanes : layout.channels),
         values_(fields * entries_) {
-    values_.clear();
-    fill([&](int field) { return values_.data() + field * entries_; });
-    if (walk.by_columns)
-      for (int f = 0; f < fields; ++f) expand(layout, walk, values_.data() + f * entries_);
+    const auto filled = [&](const Buffer<float>& values) {
+      fill([&](int field) { return values.data() + field * entries_; });
+    };
+    if (!walk.by_columns) {
+      filled(values_);
+      return;
+    }
+    const Buffer<float> by_field(fields * entries_);
+    filled(by_field);
+    for (int f = 0; f < fields; ++f) {
+      float* const values = by_field.data() + f * entries_;
+      expand(layout, walk, values);
+      std::fill(values + walk.period, values + entries_, 0.0f);
+      for (int64_t column = 0; column < entries_; column += kLanes)
+        store(values_.data() + column * fields + f * kLanes, load(values + column));
+    }
   }
 
   Vec of_channel(int field, int64_t c) const { return splat(values_[field * entries_ + c]); }
-  Vec of_columns(int field, int64_t column) const { return load(&values_[field * entries_ + column]); }
+  // Of the vector of columns that begins with this one.
+  Vec of_columns(int field, int64_t column) const { return load(values_.data() + column * fields_ + field * kLanes); }
 
  private:
   // From a value a channel to a value a column.
@@ -146,7 +170,7 @@ class ChannelTable {
     for (int64_t at = row; at < walk.period; at += row) std::copy_n(values, row, values + at);
   }
 
-  int64_t entries_;
+  int64_t fields_, entries_;
   Buffer<float> values_;  // aligned: a load that crosses cache lines costs two
 };
 
@@ -157,12 +181,10 @@ QK_INLINED inline void unrolled(const F& f) {
       QK_INLINED { (f(kIndex), ...); }(std::make_integer_sequence<int, kCount>{});
 }
 
-// Asks for kCount elements to come as near as the second-level cache. They may lie past the end of the tensor.
-template <int kCount, class T>
-inline void prefetch_elements(const T* p) {
-#pragma GCC unroll 8
-  for (size_t byte = 0; byte < kCount * sizeof(T); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 1);
+// Asks for a vector of elements to come as near as the second-level cache. They may lie past the end of the tensor.
+template <class T>
+QK_INLINED inline void prefetch_vector(const T* p) {
+  __builtin_prefetch(p, 0, 2);
 }
 
 enum class Combine { kSum, kMin, kMax };
@@ -375,62 +397,18 @@ inline void combine_columns(const Layout& layout, const Walk& walk, ColumnSums<O
   });
 }
 
-// kWidth vectors of columns in the rows [row, last_row): their parameters and accumulators stay in registers. Rows lie too
-// far apart for the prefetchers, so for each vector that is read one is asked for, from element `ahead` on in memory order:
-// the strips of one block of rows bring the next block.
-template <int kWidth, class Op>
-inline void run_strip(const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row, int64_t last_row,
-                      int64_t column, int64_t ahead, ColumnSums<Op> partial) {
-  const Op op = shared;  // as in run_piece
-  const int64_t period = walk.period;
-  decltype(op.params([&](int field) { return table.of_columns(field, column); })) params[kWidth];
-  Vec sums[kWidth][Op::kSums + 1];
-  unrolled<kWidth>([&](int w) QK_INLINED {
-    params[w] = op.params([&](int field) { return table.of_columns(field, column + w * kLanes); });
-    partial.load_from(column + w * kLanes, sums[w]);
-  });
-  for (int64_t i = row * period + column; row < last_row; ++row, i += period, ahead += kWidth * kLanes) {
-    if constexpr (requires { op.template prefetch<kWidth>(ahead); }) op.template prefetch<kWidth>(ahead);
-    if constexpr (Op::kSums > 0) {  // as a loop it would write accumulators to memory at each row
-      unrolled<kWidth>([&](int w) QK_INLINED { op(i + w * kLanes, Whole{}, params[w], sums[w]); });
-    } else {  // and without accumulators it is the other way that costs, up to two thirds more
-#pragma GCC unroll 8
-      for (int w = 0; w < kWidth; ++w) op(i + w * kLanes, Whole{}, params[w], sums[w]);
-    }
-  }
-  unrolled<kWidth>([&](int w) QK_INLINED { partial.store_to(column + w * kLanes, sums[w]); });
-}
-
-// kWidth vectors of columns, of an op that takes two at a time.
-template <int kWidth, class Op>
-inline void run_strip_of_pairs(const Walk& walk, const Op& shared, int64_t row, int64_t last_row, int64_t column,
-                               ColumnSums<Op> partial) {
-  const Op op = shared;  // as in run_piece
-  typename Op::Pairs pairs[kWidth / 2];
-  run_pairs<kWidth / 2>(op, row * walk.period + column, walk.period, last_row - row, pairs);
-#pragma GCC unroll 4
-  for (int w = 0; w < kWidth; w += 2) {
-    Vec both[2][Op::kSums + 1], sums[Op::kSums + 1];
-    op.finish(pairs[w / 2], both);
-    for (int half = 0; half < 2; ++half) {
-      partial.load_from(column + (w + half) * kLanes, sums);
-      merge_sums<Op>(sums, both[half]);
-      partial.store_to(column + (w + half) * kLanes, sums);
-    }
-  }
-}
-
-// The columns from `first_column` on, whatever their number, of rows that need not be whole.
+// The columns from `first_column` on, whatever their number, of `count` rows `apart` from one another, which need not be
+// whole.
 template <class Op>
-inline void run_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t first_row,
-                        int64_t last_row, int64_t first_column, ColumnSums<Op> partial) {
+inline void run_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
+                        int64_t apart, int64_t count, int64_t first_column, ColumnSums<Op> partial) {
   for (int64_t column = first_column; column < walk.period; column += kLanes) {
     const auto params = op.params([&](int field) { return table.of_columns(field, column); });
     const int64_t width = std::min<int64_t>(kLanes, walk.period - column);
     Vec sums[Op::kSums + 1];
     partial.load_from(column, sums);
-    for (int64_t row = first_row; row < last_row; ++row) {
-      const int64_t i = row * walk.period + column, n = std::min(width, layout.numel() - i);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t i = (row + r * apart) * walk.period + column, n = std::min(width, layout.numel() - i);
       if (n == kLanes) {
         op(i, Whole{}, params, sums);
       } else if (n > 0) {
@@ -441,43 +419,118 @@ inline void run_columns(const Layout& layout, const Walk& walk, const ChannelTab
   }
 }
 
-// Vectors of columns that are walked together: as many as leave their parameters, of which an op uses about half, and
-// accumulators in registers, but where there are results no less than a cache line of them: in smaller pieces they would be
-// streamed to memory a piece at a time.
-template <class Op, class Params>
-constexpr int strip_width() {
-  constexpr int kEach = Op::kSums + static_cast<int>(sizeof(Params) / sizeof(Vec) / 2), kSpare = kRegisters * 3 / 4;
-  constexpr int kFitting = 4 * kEach <= kSpare ? 4 : 2 * kEach <= kSpare ? 2 : 1;
-  if constexpr (requires(Op op) { op.out; })
-    return std::max(kFitting, 64 / static_cast<int>(kLanes * sizeof(*std::declval<Op>().x)));
-  return kFitting;
+// Beyond a few accumulators, and without vectors, the copies are large and gain nothing.
+#if defined(__AVX2__)
+template <class Op>
+inline constexpr bool kUnrollsRows = Op::kSums <= 4;
+#else
+template <class Op>
+inline constexpr bool kUnrollsRows = false;
+#endif
+
+template <class Op>
+inline constexpr bool kReadsFirst = kUnrollsRows<Op> && requires(const Op& op) { op.read(0, Whole{}); };
+
+// Whole rows of which kRows are walked side by side: a vector of each shares one load of parameters and of accumulators, and
+// one store. Each goes on to the row that follows it in memory, as prefetchers like it, so that they are far apart: an odd
+// number of rows, for rows are often 1 or 2 KiB, and addresses that agree in their low 12 bits share eight lines of the
+// first-level cache. kAsks: the next rows are asked for in the order of memory. Returns the first row that is left.
+template <int kRows, bool kAsks, class Op>
+inline int64_t run_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row,
+                        int64_t last_row, ColumnSums<Op> partial) {
+  const Op op = shared;  // as in run_piece
+  const int64_t each = std::min(last_row - row, kAsks ? kAskedRows : last_row) / kRows, apart = each - (each % 2 == 0);
+  const int64_t period = walk.period, whole = period / kLanes * kLanes, next_row = row + apart * kRows,
+                stride = apart * period;
+  int64_t ahead = next_row * period;
+  for (int64_t step = row; step < row + apart; ++step) {
+    const int64_t begin = step * period;
+    for (int64_t column = 0; column < whole; column += kLanes, ahead += kRows * kLanes) {
+      const auto params = op.params([&](int field) QK_INLINED { return table.of_columns(field, column); });
+      const auto at = [&](int r) QK_INLINED { return begin + column + r * stride; };
+      if constexpr (kReadsFirst<Op>) {
+        decltype(op.read(row, Whole{})) read[kRows];
+        unrolled<kRows>([&](int r) QK_INLINED { read[r] = op.read(at(r), Whole{}); });
+        unrolled<kRows>([&](int r) QK_INLINED { op.write(at(r), Whole{}, read[r], params); });
+        continue;
+      }
+      Vec sums[Op::kSums + 1];
+      partial.load_from(column, sums);
+      if constexpr (kUnrollsRows<Op>) {
+        unrolled<kRows>([&](int r) QK_INLINED {
+          if constexpr (kAsks) op.prefetch(ahead + r * kLanes);
+          op(at(r), Whole{}, params, sums);
+        });
+      } else {
+        for (int r = 0; r < kRows; ++r) op(at(r), Whole{}, params, sums);
+      }
+      partial.store_to(column, sums);
+    }
+    if (whole < period) run_columns(layout, walk, table, op, step, apart, kRows, whole, partial);
+  }
+  return next_row;
+}
+
+template <bool kAsks, class Op>
+inline void run_all_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
+                         int64_t last_row, ColumnSums<Op> partial) {
+  // Results are streams of their own, and without accumulators there is less to share.
+  constexpr int kRows = Op::kSums > 0 || kReadsFirst<Op> ? 4 : 2;
+  while (row + kRows <= last_row) row = run_rows<kRows, kAsks>(layout, walk, table, op, row, last_row, partial);
+  while (row < last_row) row = run_rows<1, false>(layout, walk, table, op, row, last_row, partial);
+}
+
+// kPairs pairs of vectors of columns, of an op that takes pairs: it has too many accumulators to load and store them every
+// few rows.
+template <int kPairs, class Op>
+inline void run_strip_of_pairs(const Walk& walk, const Op& shared, int64_t row, int64_t last_row, int64_t column,
+                               ColumnSums<Op> partial) {
+  const Op op = shared;  // as in run_piece
+  typename Op::Pairs pairs[kPairs];
+  run_pairs<kPairs>(op, row * walk.period + column, walk.period, last_row - row, pairs);
+#pragma GCC unroll 4
+  for (int p = 0; p < kPairs; ++p) {
+    Vec both[2][Op::kSums + 1], sums[Op::kSums + 1];
+    op.finish(pairs[p], both);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = column + (2 * p + half) * kLanes;
+      partial.load_from(at, sums);
+      merge_sums<Op>(sums, both[half]);
+      partial.store_to(at, sums);
+    }
+  }
 }
 
 template <class Op>
-inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t first_row,
-                      int64_t last_row, ColumnSums<Op> partial) {
-  using Params = decltype(op.params([&](int field) { return table.of_columns(field, 0); }));
-  constexpr int kWidth = strip_width<Op, Params>();
-  Vec empty[Op::kSums + 1];
-  reset_sums<Op>(empty);
-  for (int64_t column = 0; column < walk.period; column += kLanes) partial.store_to(column, empty);
-  const int64_t numel = layout.numel(), whole = walk.period / kLanes * kLanes;
-  const int64_t whole_rows = std::min(last_row, numel / walk.period);
-  int64_t row = first_row;
-  for (int64_t end; row < whole_rows; row = end) {
-    end = std::min(row + kStripRows, whole_rows);
+inline void run_strips_of_pairs(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
+                                int64_t last_row, ColumnSums<Op> partial) {
+  constexpr int kPairs = 2, kWidth = kPairs * 2 * kLanes;
+  for (int64_t end; row < last_row; row = end) {
+    end = std::min(row + kStripRows, last_row);
     int64_t column = 0;
-    const auto ahead = [&] { return end * walk.period + column * (end - row); };
-    for (; column + kWidth * kLanes <= whole; column += kWidth * kLanes)
-      if constexpr (TakesPairs<Op> && kWidth % 2 == 0) {
-        run_strip_of_pairs<kWidth>(walk, op, row, end, column, partial);
-      } else {
-        run_strip<kWidth>(walk, table, op, row, end, column, ahead(), partial);
-      }
-    for (; column < whole; column += kLanes) run_strip<1>(walk, table, op, row, end, column, ahead(), partial);
-    if (whole < walk.period) run_columns(layout, walk, table, op, row, end, whole, partial);
+    for (; column + kWidth <= walk.period; column += kWidth) run_strip_of_pairs<kPairs>(walk, op, row, end, column, partial);
+    run_columns(layout, walk, table, op, row, 1, end - row, column, partial);
   }
-  if (row < last_row) run_columns(layout, walk, table, op, row, last_row, 0, partial);
+}
+
+template <class Op>
+inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
+                      int64_t last_row, ColumnSums<Op> partial) {
+  if constexpr (Op::kSums > 0) {
+    Vec empty[Op::kSums + 1];
+    reset_sums<Op>(empty);
+    for (int64_t column = 0; column < walk.period; column += kLanes) partial.store_to(column, empty);
+  }
+  const int64_t whole_rows = layout.numel() / walk.period, end = std::min(last_row, whole_rows);
+  if constexpr (TakesPairs<Op>) {
+    run_strips_of_pairs(layout, walk, table, op, row, end, partial);
+  } else if constexpr (kUnrollsRows<Op> && requires { op.prefetch(row); }) {
+    const bool asks = layout.numel() * static_cast<int64_t>(sizeof(*op.x)) >= kStreamBytes;
+    (asks ? run_all_rows<true, Op> : run_all_rows<false, Op>)(layout, walk, table, op, row, end, partial);
+  } else {
+    run_all_rows<false>(layout, walk, table, op, row, end, partial);
+  }
+  if (end < last_row) run_columns(layout, walk, table, op, whole_rows, 1, 1, 0, partial);
 }
 
 template <class Op>
