@@ -127,8 +127,11 @@ struct Forward : Members<kMix, kCount, true, true> {
         x(static_cast<const T*>(args.x)),
         out(args.out, args.layout, walk, kInPairs<T> && no_subnormal_mixtures(args)) {}
 
+  // Of half types, whose conversions take registers, it costs more than it gains.
   template <class Lanes>
-  Vec read(int64_t i, Lanes lanes) const {
+  Vec read(int64_t i, Lanes lanes) const
+    requires std::is_same_v<T, float>
+  {
     return load(x + i, lanes);
   }
   template <class Lanes>
@@ -137,13 +140,13 @@ struct Forward : Members<kMix, kCount, true, true> {
   }
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const typename Base::Params& p, Vec*) const {
-    write(i, lanes, read(i, lanes), p);
+    write(i, lanes, load(x + i, lanes), p);
   }
 
-  void pair(int64_t i, const typename Base::Params& p, Vec*, Vec*) const
+  void pair(int64_t i, const typename Base::Params& low, const typename Base::Params& high) const
     requires kInPairs<T>
   {
-    out.put_pair(i, mixture(load(x + i), p), mixture(load(x + i + kLanes), p));
+    out.put_pair(i, mixture(load(x + i), low), mixture(load(x + i + kLanes), high));
   }
 
  protected:

@@ -28,10 +28,10 @@ struct Forward {
     out.put(i, quantized(i, lanes, grid), lanes);
   }
 
-  void pair(int64_t i, const GridVec& grid, Vec*, Vec*) const
+  void pair(int64_t i, const GridVec& low, const GridVec& high) const
     requires kInPairs<T>
   {
-    out.put_pair(i, quantized(i, Whole{}, grid), quantized(i + kLanes, Whole{}, grid));
+    out.put_pair(i, quantized(i, Whole{}, low), quantized(i + kLanes, Whole{}, high));
   }
 
  private:
@@ -142,11 +142,11 @@ struct MaskedForward {
     out.put(i, quantized(i, lanes, grid), lanes);
   }
 
-  void pair(int64_t i, const GridVec& grid, Vec*, Vec*) const
+  void pair(int64_t i, const GridVec& low, const GridVec& high) const
     requires kInPairs<T>
   {
-    const Vec low = quantized(i, Whole{}, grid), high = quantized(i + kLanes, Whole{}, grid);
-    out.put_pair(i, low, high);
+    const Vec first = quantized(i, Whole{}, low), second = quantized(i + kLanes, Whole{}, high);
+    out.put_pair(i, first, second);
   }
 
  private:

@@ -48,7 +48,7 @@ struct ChannelStatsOfHalves : ChannelStats<T> {
   };
 
   template <bool kSettled>
-  QK_INLINED void add(int64_t i, Pairs& to) const {
+  void add(int64_t i, Pairs& to) const {
     const __m512i bits = load_bits(this->x + i);
     to.largest_signed = _mm512_max_epi16(to.largest_signed, bits);
     to.largest = _mm512_max_epu16(to.largest, bits);

@@ -10,8 +10,9 @@
 //   static constexpr Combine combine(int s)        optional; without it every accumulator is a sum
 //   Params params(field)                           field(f) gives column f of the ChannelTable for the lanes at hand
 //   void operator()(int64_t i, Lanes, const Params&, Vec* sums)      elements [i, i + lanes): Whole{} or First{n}
-// In runs it may also take two vectors at a time:
-//   void pair(int64_t i, const Params&, Vec* sums, Vec* more_sums)  elements [i, i + 2 * kLanes)
+// It may also take two vectors at a time; where there are accumulators, in runs alone:
+//   void pair(int64_t i, const Params& low, const Params& high)     elements [i, i + 2 * kLanes); kSums is 0
+//   void pair(int64_t i, const Params&, Vec* sums, Vec* more_sums)
 // or as many as it likes, where kSums is 0:
 //   int64_t run(int64_t i, int64_t end, const Params&)              elements [i, r); returns r <= end
 // or, in runs and columns, with accumulators of a form of its own that begin empty:
@@ -273,7 +274,10 @@ inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t
   }
   if constexpr (requires { op.run(i, end, params); }) i = op.run(i, end, params);
   for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes)
-    if constexpr (kUnroll % 2 == 0 && requires { op.pair(i, params, sums[0], sums[0]); }) {
+    if constexpr (requires { op.pair(i, params, params); }) {
+#pragma GCC unroll 2
+      for (int u = 0; u < kUnroll; u += 2) op.pair(i + u * kLanes, params, params);
+    } else if constexpr (kUnroll % 2 == 0 && requires { op.pair(i, params, sums[0], sums[0]); }) {
 #pragma GCC unroll 2
       for (int u = 0; u < kUnroll; u += 2) op.pair(i + u * kLanes, params, sums[u], sums[u + 1]);
     } else {
@@ -448,6 +452,14 @@ inline int64_t run_rows(const Layout& layout, const Walk& walk, const ChannelTab
     for (int64_t column = 0; column < whole; column += kLanes, ahead += kRows * kLanes) {
       const auto params = op.params([&](int field) QK_INLINED { return table.of_columns(field, column); });
       const auto at = [&](int r) QK_INLINED { return begin + column + r * stride; };
+      constexpr bool kFit = sizeof(params) <= kRegisters / 4 * sizeof(Vec);  // two of them, beside what is computed
+      if constexpr (kFit && requires { op.pair(begin, params, params); })
+        if (column + 2 * kLanes <= whole) {
+          const auto next = op.params([&](int field) QK_INLINED { return table.of_columns(field, column + kLanes); });
+          unrolled<kRows>([&](int r) QK_INLINED { op.pair(at(r), params, next); });
+          column += kLanes;
+          continue;
+        }
       if constexpr (kReadsFirst<Op>) {
         decltype(op.read(row, Whole{})) read[kRows];
         unrolled<kRows>([&](int r) QK_INLINED { read[r] = op.read(at(r), Whole{}); });
