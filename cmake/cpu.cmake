@@ -21,8 +21,9 @@ set(QK_CPU_ISAS portable)
 set(QK_CPU_OBJECTS $<TARGET_OBJECTS:qk_cpu_portable>)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   qk_add_isa(avx2 -mavx2 -mfma -mf16c -mpopcnt)
+  # avx512bf16 is for one function (csrc/cpu/halves.h), called where the processor has it; the compiler has no use for it of its own.
   qk_add_isa(avx512 -mavx2 -mfma -mf16c -mpopcnt -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mgfni -mavx512vnni -mavx512vpopcntdq
-             -mprefer-vector-width=512)
+             -mavx512bf16 -mprefer-vector-width=512)
   set(QK_CPU_ISAS "portable, avx2, avx512")
   list(APPEND QK_CPU_OBJECTS $<TARGET_OBJECTS:qk_cpu_avx2> $<TARGET_OBJECTS:qk_cpu_avx512>)
 endif()

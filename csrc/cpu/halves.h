@@ -30,13 +30,9 @@ inline TwoVecs widen(__m512i bits, const BFloat16*) {
           {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
 }
 
-// 32 elements side by side, of which none is subnormal: the instruction would make those 0. By its name, for AVX-512 does
-// not promise it (rounds_to_bfloat16()). A NaN stays one.
-inline __m512i narrow_normal(Vec low, Vec high) {
-  __m512i bits;
-  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(bits) : "v"(high.v), "v"(low.v));
-  return bits;
-}
+// 32 elements side by side, of which none is subnormal: the instruction would make those 0. Only where the processor has it
+// (rounds_to_bfloat16()). A NaN stays one.
+inline __m512i narrow_normal(Vec low, Vec high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }
 
 // widen() of the magnitudes of the elements at p, whose bits these are. To load those of Half again costs less than to take
 // a register apart.
