@@ -93,13 +93,15 @@ def call(op: str, *args: Any) -> Any:
     try:
         return eager(op, namespace)(*args)
     except NotImplementedError as error:
-        raise explained(error, args) from error
+        explain(error, args)
+        raise
 
 
-def explained(error: NotImplementedError, args: Sequence[Any]) -> NotImplementedError:
-    """A missing kernel of the current backend's namespace as one clear sentence; other errors as they are."""
+def explain(error: NotImplementedError, args: Sequence[Any]) -> None:
+    """Raises NotImplementedError with one clear sentence where the error is that the current backend has no kernel."""
     found = re.search(NAMESPACES[_current] + r"::(\w+)", str(error))
-    return NotImplementedError(_missing(found[1], args)) if found else error
+    if found:
+        raise NotImplementedError(_missing(found[1], args)) from error
 
 
 def _missing(op: str, args: Sequence[Any]) -> str:

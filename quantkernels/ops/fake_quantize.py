@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import call, current_namespace, explained, traced
+from ._dispatch import call, current_namespace, explain, traced
 from ._register import OpRules, apply_of, below_autograd, kernel, rules
 
 
@@ -65,7 +65,8 @@ def _masked(x: Tensor, grid: Tensor, levels: int, axis: int | None) -> Tensor:
     try:
         return _apply(x, grid, levels, axis)
     except NotImplementedError as error:
-        raise explained(error, [x]) from error
+        explain(error, [x])
+        raise
 
 
 def masks(x: Tensor, grid: Tensor, axis: int | None) -> bool:

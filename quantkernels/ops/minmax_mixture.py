@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import current_namespace, explained, traced
+from ._dispatch import current_namespace, explain, traced
 from ._register import apply_of, below_autograd, kernel
 from .attention import attention_quantize
 from .fake_quantize import Kind, Ste
@@ -41,7 +41,8 @@ def minmax_mixture(
         try:
             return (_apply(x, logits, temperature, levels, axis, made_with), *made_with)  # type: ignore[return-value]
         except NotImplementedError as error:
-            raise explained(error, [x]) from error
+            explain(error, [x])
+            raise
     weights, grids = torch.softmax(logits / temperature, 0), minmax_grids(x.detach(), levels, axis)
     q = attention_quantize(x, weights, grids, *_members(levels), axis, convex=True, covered=True)
     return q, weights.detach(), grids
