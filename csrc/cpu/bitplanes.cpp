@@ -71,28 +71,30 @@ inline Vec unclamped_code(Vec value, const GridVec& grid, Vec levels) {
 }
 #endif
 
-// As many of the first n values as are whole blocks, from floats to planes; returns how many. Adds the ones to counts[bits].
-template <Kind kKind, class T>
+// As many of the first n values as are whole blocks, from floats to planes; returns how many. Adds the ones to counts[bits],
+// bits <= kDigits.
+template <Kind kKind, int kDigits, class T>
 int64_t quantize_pack_blocks([[maybe_unused]] const T* x, [[maybe_unused]] int64_t n, [[maybe_unused]] GridVec grid,
                              [[maybe_unused]] Vec levels, [[maybe_unused]] int bits, [[maybe_unused]] int32_t* planes,
                              [[maybe_unused]] int64_t plane_stride, [[maybe_unused]] int32_t* counts) {
 #if defined(__AVX512F__)
-  __m512i ones[kMaxBits] = {};
+  __m512i ones[kDigits] = {};
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
-    __m512i digits[kMaxBits];
+    __m512i rows[kMaxBits], digits[kDigits];
 #pragma GCC unroll 8
     for (int row = 0; row < kMaxBits; ++row) {
       Vec values[4];
       load_block(x + i + row * kBytes, values);
 #pragma GCC unroll 4
       for (Vec& value : values) value = unclamped_code<kKind>(value, grid, levels);
-      digits[row] = split_values<T>(values);
+      rows[row] = split_values<T>(values);
     }
-    transpose_eights(digits);
+#pragma GCC unroll 2
+    for (int first = 0; first < kDigits; first += 4) gather_four_digits(rows, first, digits + first);
     if constexpr (kKind == Kind::kTernary) digits[0] = _mm512_or_si512(digits[0], digits[1]);  // thermometers
 #pragma GCC unroll 8
-    for (int digit = 0; digit < kMaxBits; ++digit) {
+    for (int digit = 0; digit < kDigits; ++digit) {
       if (digit >= bits) continue;
       const int plane = digit_of_plane(kKind, bits, digit);  // and the other way round
       ones[digit] = _mm512_add_epi64(ones[digit], _mm512_popcnt_epi64(digits[digit]));
@@ -100,7 +102,7 @@ int64_t quantize_pack_blocks([[maybe_unused]] const T* x, [[maybe_unused]] int64
     }
   }
 #pragma GCC unroll 8
-  for (int digit = 0; digit < kMaxBits; ++digit)
+  for (int digit = 0; digit < kDigits; ++digit)
     if (digit < bits)
       counts[digit_of_plane(kKind, bits, digit)] += static_cast<int32_t>(_mm512_reduce_add_epi64(ones[digit]));
   return i;
@@ -137,15 +139,14 @@ void for_each_chunk(int64_t rows, int64_t columns, const F& body) {
 }
 
 template <Kind kKind, class T>
-void quantize_pack_chunk(const QuantizePackArgs& args, int64_t row, int64_t begin, int64_t n) {
-  const float* const at = args.grid + (args.per_row ? row : 0) * kGridColumns;
-  const GridVec grid{splat(at[0]), splat(at[1]), splat(inverse_step(at[1])), splat(at[2])};
+void quantize_pack_chunk(const QuantizePackArgs& args, const GridVec& grid, int64_t row, int64_t begin, int64_t n) {
   const T* const x = static_cast<const T*>(args.x) + row * args.columns + begin;
   const Vec levels = splat(static_cast<float>(args.levels));
   int32_t* const planes = args.planes + row * args.words + begin / kWordBits;
   const int64_t plane_stride = args.rows * args.words;
   int32_t counts[kMaxBits] = {};
-  const int64_t done = quantize_pack_blocks<kKind>(x, n, grid, levels, args.bits, planes, plane_stride, counts);
+  const auto blocks = args.bits > 4 ? quantize_pack_blocks<kKind, 8, T> : quantize_pack_blocks<kKind, 4, T>;
+  const int64_t done = blocks(x, n, grid, levels, args.bits, planes, plane_stride, counts);
   if (done < n) {
     uint8_t codes[kChunk];
     run_piece(Encode<kKind, T>{x + done, codes, levels}, grid, 0, n - done, nullptr);
@@ -191,10 +192,15 @@ void unpack_bitplanes(const UnpackArgs& args) {
 
 void quantize_pack(const QuantizePackArgs& args) {
   std::fill_n(args.plane_sums, args.bits * args.rows, 0);
+  const Layout grids{1, args.per_row ? args.rows : 1, args.columns};
+  const ChannelTable table = grid_table(grids, Walk{}, args.grid);
   with_type(args.dtype, [&]<class T>(T*) {
     with_kind(args.kind, [&]<Kind kKind>() {
-      for_each_chunk(args.rows, args.columns,
-                     [&](int64_t row, int64_t begin, int64_t n) { quantize_pack_chunk<kKind, T>(args, row, begin, n); });
+      for_each_chunk(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
+        const int64_t channel = args.per_row ? row : 0;
+        const GridVec grid = grid_params([&](int field) { return table.of_channel(field, channel); });
+        quantize_pack_chunk<kKind, T>(args, grid, row, begin, n);
+      });
     });
   });
 }

@@ -126,20 +126,20 @@ inline Word first_bytes(int n) { return n == kBytes ? ~Word{0} : (Word{1} << n) 
 inline Bytes load_bytes(const uint8_t* p, int n) { return {_mm512_maskz_loadu_epi8(first_bytes(n), p)}; }
 inline void store_bytes(uint8_t* p, Bytes a, int n) { _mm512_mask_storeu_epi8(p, first_bytes(n), a.v); }
 inline Bytes zero_bytes() { return {_mm512_setzero_si512()}; }
-// Word b: bit b of every byte, from bytes of which each eight come last first.
-inline __m512i split_reversed(__m512i reversed) {
-  // An affine map over GF(2) of the unit matrix by eight bytes transposes their bits, the last byte first.
+// Of every eight bytes, which come last first, byte b: bit b of each.
+inline __m512i transposed_bits(__m512i reversed) {
+  // An affine map over GF(2) of the unit matrix by eight bytes.
   const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
-  const __m512i eights = _mm512_gf2p8affine_epi64_epi8(unit, reversed, 0);
-  // Byte b of every eight goes to word b.
-  const __m512i gather = _mm512_set_epi64(0x3f372f271f170f07, 0x3e362e261e160e06, 0x3d352d251d150d05, 0x3c342c241c140c04,
-                                          0x3b332b231b130b03, 0x3a322a221a120a02, 0x3931292119110901, 0x3830282018100800);
-  return _mm512_permutexvar_epi8(gather, eights);
+  return _mm512_gf2p8affine_epi64_epi8(unit, reversed, 0);
 }
 // words[b]: bit b of every byte.
 inline void split_bits(Bytes a, int, Word* words) {
   const __m512i order = _mm512_set4_epi32(0x08090a0b, 0x0c0d0e0f, 0x00010203, 0x04050607);
-  _mm512_storeu_si512(words, split_reversed(_mm512_shuffle_epi8(a.v, order)));
+  // Byte b of every eight goes to word b.
+  const __m512i gather = _mm512_set_epi64(0x3f372f271f170f07, 0x3e362e261e160e06, 0x3d352d251d150d05, 0x3c342c241c140c04,
+                                          0x3b332b231b130b03, 0x3a322a221a120a02, 0x3931292119110901, 0x3830282018100800);
+  const __m512i eights = transposed_bits(_mm512_shuffle_epi8(a.v, order));
+  _mm512_storeu_si512(words, _mm512_permutexvar_epi8(gather, eights));
 }
 inline Bytes add_where(Bytes a, Word where, int weight) {
   return {_mm512_mask_add_epi8(a.v, where, a.v, _mm512_set1_epi8(static_cast<char>(weight)))};

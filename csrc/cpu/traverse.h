@@ -79,7 +79,7 @@ inline Walk walk_of(const Layout& layout) {
   const int64_t whole = row * (kLanes / std::gcd<int64_t>(row, kLanes));
   walk.period = row >= kShortRow ? row : whole * ((kShortRow + whole - 1) / whole);
   walk.rows = (layout.numel() + walk.period - 1) / walk.period;
-  const int64_t enough = std::max(4 * kPiece / walk.period, std::min(walk.rows / kMaxBlocks, kMaxBlockRows));
+  const int64_t enough = std::max(8 * kPiece / walk.period, std::min(walk.rows / kMaxBlocks, kMaxBlockRows));
   walk.piece = std::max<int64_t>(1, enough);
   walk.pieces = (walk.rows + walk.piece - 1) / walk.piece;
   return walk;
@@ -486,8 +486,8 @@ inline int64_t run_rows(const Layout& layout, const Walk& walk, const ChannelTab
 template <bool kAsks, class Op>
 inline void run_all_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
                          int64_t last_row, ColumnSums<Op> partial) {
-  // Results are streams of their own, and without accumulators there is less to share.
-  constexpr int kRows = Op::kSums > 0 || kReadsFirst<Op> ? 4 : 2;
+  // Other tensors and results are streams of their own, and without accumulators there is less to share.
+  constexpr int kRows = kReadsFirst<Op> || requires { op.prefetch(row); } ? 4 : Op::kSums > 0 ? 6 : 2;
   while (row + kRows <= last_row) row = run_rows<kRows, kAsks>(layout, walk, table, op, row, last_row, partial);
   while (row < last_row) row = run_rows<1, false>(layout, walk, table, op, row, last_row, partial);
 }

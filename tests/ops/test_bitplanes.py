@@ -90,6 +90,20 @@ def test_codes_of_ties_and_of_what_no_integer_holds(backend, dtype, levels):
         assert_bit_equal(sums, expected_sums)
 
 
+@pytest.mark.parametrize(
+    "offset, step", [(-3.0, 0.4), (0.0, 2e-4), (-7e4, 1e4), (2.0, 1e-6), (1e-7, 6e-8), (-1.0, -0.1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_codes_of_all_numbers_of_a_half_type(backend, dtype, offset, step):
+    # In order, so that most blocks have no number that needs care.
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(1, -1)
+    arguments = (torch.tensor([[offset, step, 0.0]]), Kind.UNIFORM, 15, None)
+    planes, sums = backend.ops.quantize_pack(x.to(backend.device), arguments[0].to(backend.device), *arguments[1:])
+    expected_planes, expected_sums = reference.quantize_pack(x, *arguments)
+    assert_bit_equal(planes, expected_planes)
+    assert_bit_equal(sums, expected_sums)
+
+
 @given(size=SIZES, quantizer=st.sampled_from(QUANTIZERS), seed=st.integers(0, 2**16))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_packing_loses_nothing_and_pads_with_zeros(backend, size, quantizer, seed):
