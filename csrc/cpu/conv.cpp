@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/few_rows.h"
 #include "cpu/gemm.h"
 
 namespace qk::cpu::QK_CPU_ISA {
@@ -216,8 +217,17 @@ void lowbit_conv2d(const LowbitArgs& args) {
   const ConvGeometry& g = args.geometry;
   const Plan plan = plan_of(args);
   const Codes codes = encode_activation(args, plan);
-  const Weights weights = unpack_weights(args, plan);
   const Window window(g);
+#if defined(__AVX512F__)
+  if (const int64_t pixels = g.batch * g.out_height * g.out_width; FewRows::suits(args, plan, pixels)) {
+    Plan all = plan;
+    all.block = pixels;
+    Rows<uint8_t> rows(all, RowSource::kGathers);
+    RowSource{g, codes.data}.fill(0, pixels, 0, rows);
+    return FewRows(args, plan, rows.row.data(), pixels).run(plan, window);
+  }
+#endif
+  const Weights weights = unpack_weights(args, plan);
   const Epilogue epilogue(args, plan, weights, window);
   switch (plan.path) {
     case Path::kRows:

@@ -313,8 +313,9 @@ Epilogue::Epilogue(const LowbitArgs& args, const Plan& plan, const Weights& weig
   const auto by_slot = [&](const auto& value) {
     Buffer<float> table(slots_);
     table.clear();
-    for (int64_t c = 0; c < args.geometry.out_channels; ++c)
-      table[c / plan.group_channels * plan.group_vectors * kLanes + c % plan.group_channels] = value(c);
+    for (int64_t group = 0; group < plan.groups; ++group)
+      for (int64_t c = 0; c < plan.group_channels; ++c)
+        table[group * plan.group_vectors * kLanes + c] = value(group * plan.group_channels + c);
     return table;
   };
   offset_ = by_slot([&](int64_t c) { return row(c)[0]; });

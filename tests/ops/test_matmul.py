@@ -62,6 +62,23 @@ def test_every_pair_of_kinds(backend, x_quantizer, w_quantizer):
     assert_bit_equal(y, reference.lowbit_linear(*problem.arguments()))
 
 
+@pytest.mark.parametrize("w_quantizer", [*BITS, (Kind.BINARY, 1), (Kind.TERNARY, 2)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 13, 50])
+def test_any_number_of_rows(rows, w_quantizer):
+    # Few of them take other ways through the CPU's kernels than many, and few pairs of bits others than many.
+    for features, x_quantizer in ((2600, (Kind.UNIFORM, 255)), (515, (Kind.UNIFORM, 7)), (1030, (Kind.TERNARY, 2))):
+        problem = LowbitProblem((rows, features), 22, x_quantizer=x_quantizer, w_quantizer=w_quantizer, extras="b")
+        assert_bit_equal(ops.lowbit_linear(*problem.arguments()), reference.lowbit_linear(*problem.arguments()))
+
+
+@pytest.mark.parametrize("w_quantizer", [(Kind.UNIFORM, 1), (Kind.UNIFORM, 3), (Kind.TERNARY, 2)], ids=str)
+@pytest.mark.parametrize("x_quantizer", [(Kind.UNIFORM, 1), (Kind.UNIFORM, 3), (Kind.TERNARY, 2)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 70, 520])
+def test_one_or_two_bits_by_any_number_of_rows(rows, x_quantizer, w_quantizer):
+    problem = LowbitProblem((rows, 1100), 18, x_quantizer=x_quantizer, w_quantizer=w_quantizer, dtype=torch.uint8)
+    assert_bit_equal(ops.lowbit_linear(*problem.arguments()), reference.lowbit_linear(*problem.arguments()))
+
+
 @pytest.mark.parametrize("w_quantizer", BITS, ids=str)
 @pytest.mark.parametrize("x_quantizer", BITS, ids=str)
 def test_every_pair_of_bit_widths(x_quantizer, w_quantizer):

@@ -1,0 +1,363 @@
+#pragma once
+// Few rows of activation codes times a weight. To arrange the weight in panels, as for many rows, would take longer than the
+// product: here each of its rows is read once, as planes, and its codes get no further than the first-level cache.
+
+#include <algorithm>
+
+#include "cpu/lowbit.h"
+#include "cpu/parallel.h"
+#include "cpu/popcount.h"
+
+namespace qk::cpu::QK_CPU_ISA {
+
+#if defined(__AVX512F__)
+
+inline constexpr int64_t kStepCodes = 64;  // of a register
+inline constexpr int64_t kBlockCodes = 8 * kStepCodes;
+inline constexpr int64_t kPart =
+    4 * kBlockCodes;  // of a row: with as much of the activations' it fits the first-level cache
+inline constexpr int64_t kPartStride =
+    kPart + kStepCodes;                // rows a power of two apart would share a few lines of that cache
+inline constexpr int kWeightRows = 4;  // that are unpacked together: a tile of them and of kTileRows activations
+
+// Rows of planes to codes, a block at a time.
+template <int kBits>
+class RowUnpacker {
+ public:
+  static constexpr int kZero = kBits == 8 ? 128 : 0;  // codes above 127 do not fit signed bytes
+
+  explicit RowUnpacker(const LowbitArgs& args)
+      : planes_(args.planes),
+        words_(args.words),
+        plane_stride_(args.geometry.out_channels * args.words),
+        kind_(args.w_kind) {}
+
+  const int32_t* plane(int64_t row, int digit) const {
+    return planes_ + plane_of_digit(kind_, kBits, digit) * plane_stride_ + row * words_;
+  }
+
+  // Of a row's codes.
+  int64_t sum(int64_t row) const {
+    return unpack(row, 0, words_, [](int64_t, int, __m512i) {});
+  }
+
+  // Calls f(k, step, codes [k, k + kStepCodes) less kZero) for the blocks of these words of a row, of which k counts the
+  // codes and `step` the steps of a block; past the row's end codes are 0. Returns the sum of the codes.
+  template <class F>
+  QK_INLINED int64_t unpack(int64_t row, int64_t first_word, int64_t last_word, const F& f) const {
+    __m512i ones[kBits] = {};
+    for (int64_t word = first_word, k = 0; word < last_word; word += kLanes) {
+      const __mmask16 there = first_lanes(static_cast<int>(std::min<int64_t>(kLanes, last_word - word)));
+      __m512i digits[kBits + 1];
+      digits[kBits] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+      for (int digit = 0; digit < kBits; ++digit) {
+        digits[digit] = _mm512_maskz_loadu_epi32(there, plane(row, digit) + word);
+        ones[digit] = _mm512_add_epi64(ones[digit], _mm512_popcnt_epi64(digits[digit]));
+      }
+      // The digits 00, 01, 11 of ternary codes become binary ones.
+      if (kBits == 2 && kind_ == Kind::kTernary) digits[0] = _mm512_xor_si512(digits[0], digits[1]);
+#pragma GCC unroll 8
+      for (int step = 0; step < 8; ++step, k += kStepCodes) f(k, step, codes_of_step(digits, step));
+    }
+    int64_t sum = 0;
+#pragma GCC unroll 8
+    for (int digit = 0; digit < kBits; ++digit)
+      sum += _mm512_reduce_add_epi64(ones[digit]) * plane_weight(kind_, kBits, plane_of_digit(kind_, kBits, digit));
+    return sum;
+  }
+
+ private:
+  // An affine map over GF(2) of the unit matrix transposes bits: of each eight bytes, byte 7 - d is bit d of eight codes.
+  // Its constant inverts the highest bit, which takes 128 from an unsigned byte to make a signed one.
+  QK_INLINED static __m512i codes_of_step(const __m512i (&digits)[kBits + 1], int step) {
+    // Of each word, byte 2 i is the word's byte of the step in the first table, byte 2 i + 1 that in the second.
+    const __m512i first = _mm512_set_epi64(0x4707470747074707, 0x4606460646064606, 0x4505450545054505, 0x4404440444044404,
+                                           0x4303430343034303, 0x4202420242024202, 0x4101410141014101, 0x4000400040004000);
+    const __m512i bytes = _mm512_add_epi8(first, _mm512_set1_epi8(static_cast<char>(8 * step)));
+    __m512i matrices = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int digit = 0; digit < kBits; digit += 2) {
+      const __mmask64 place = uint64_t{0xc0c0c0c0c0c0c0c0} >> digit;
+      matrices = _mm512_or_si512(matrices, _mm512_maskz_permutex2var_epi8(place, digits[digit + 1], bytes, digits[digit]));
+    }
+    const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
+    return _mm512_gf2p8affine_epi64_epi8(unit, matrices, kZero);
+  }
+
+  const int32_t* planes_;
+  int64_t words_, plane_stride_;
+  Kind kind_;
+};
+
+// The sums over the lanes of four vectors of integers.
+inline __m128i four_sums(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// sums[r][w], lane by lane, of n codes of kRows activations, these `stride` apart, and of kWeightRows rows in scratch
+// memory. Never inlined: beside other code the compiler does not keep the sums in registers.
+template <int kRows>
+[[gnu::noinline]] void dot_rows(const uint8_t* activations, int64_t stride, const int8_t* codes, int64_t n,
+                                __m512i (*to)[kWeightRows]) {
+  __m512i sums[kRows][kWeightRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int w = 0; w < kWeightRows; ++w) sums[r][w] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < n; k += kStepCodes) {
+    __m512i weights[kWeightRows];
+#pragma GCC unroll 4
+    for (int w = 0; w < kWeightRows; ++w) weights[w] = _mm512_load_si512(codes + w * kPartStride + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i activation = _mm512_load_si512(activations + r * stride + k);
+#pragma GCC unroll 4
+      for (int w = 0; w < kWeightRows; ++w) sums[r][w] = _mm512_dpbusd_epi32(sums[r][w], activation, weights[w]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int w = 0; w < kWeightRows; ++w) _mm512_store_si512(to[r] + w, sums[r][w]);
+}
+
+// The whole product: integer sums of all rows first, then the epilogue.
+class FewRows {
+ public:
+  // Whether a product is one of these.
+  static bool suits(const LowbitArgs& args, const Plan& plan, int64_t pixels) {
+    return plan.path == Path::kRows && plan.groups == 1 && plan.depth > 0 && !plan.wide && !plan.by_planes() &&
+           pixels <= (counts(args, pixels) ? kMostCounted : kMost);
+  }
+
+  // rows [count]: plan.depth codes each.
+  FewRows(const LowbitArgs& args, const Plan& plan, const uint8_t* const* rows, int64_t count)
+      : args_(args),
+        rows_(rows),
+        count_(count),
+        codes_(plan.depth),
+        depth_((args.words + kLanes - 1) / kLanes * kBlockCodes),
+        stride_(depth_ + kStepCodes),
+        slots_(plan.slots()),
+        sums_(count),
+        dots_(round_up(count, kAtOnce) * slots_) {
+    for (int64_t i = 0; i < count; ++i) sums_[i] = static_cast<int32_t>(sum_codes(rows[i], codes_));
+    weights_.zero = 0;
+    weights_.tap_sums = Buffer<int64_t>(slots_);
+    weights_.tap_sums.clear();
+  }
+
+  void run(const Plan& plan, const Window& window) {
+    counts(args_, count_) ? count() : multiply();
+    finish(plan, Epilogue(args_, plan, weights_, window));
+  }
+
+ private:
+  static constexpr int64_t kMost = 48, kMostCounted = 512;
+  static constexpr int kAtOnce = 4;
+
+  static int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+  // Whether ones that planes share are counted. A pair of planes costs a sixth of a product of codes, which for a few rows
+  // have to be unpacked for it first.
+  static bool counts(const LowbitArgs& args, int64_t count) {
+    const int w_bits = args.w_bits, x_bits = bits_of(args.x_kind, args.x_levels);
+    return w_bits <= 2 && w_bits * x_bits <= (count <= 2 ? 4 : 2);
+  }
+
+  // f(first, last, scratch) for kWeightRows weight rows, in parallel; scratch: as many bytes, zero at first.
+  template <class F>
+  void for_each_tile(int64_t bytes, const F& f) const {
+    const int64_t channels = args_.geometry.out_channels, tiles = (channels + kWeightRows - 1) / kWeightRows;
+    const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, kWeightRows * depth_ * count_));
+    parallel_for(tiles, grain, [&](int64_t begin, int64_t end) {
+      Buffer<int8_t> scratch(bytes);
+      scratch.clear();
+      for (int64_t tile = begin; tile < end; ++tile)
+        f(tile * kWeightRows, std::min((tile + 1) * kWeightRows, channels), scratch.data());
+    });
+  }
+
+  void count() {
+    const int bits = bits_of(args_.x_kind, args_.x_levels);
+    const auto with_weight = [&]<int kX>() { args_.w_bits == 1 ? count_pairs<1, kX>() : count_pairs<2, kX>(); };
+    if (bits == 1) return with_weight.template operator()<1>();
+    if (bits == 2) return with_weight.template operator()<2>();
+    count_pairs<1, 4>();
+  }
+
+  // kX: at least the bits of the activation.
+  template <int kW, int kX>
+  void count_pairs() {
+    const int bits = bits_of(args_.x_kind, args_.x_levels);
+    const int64_t words = depth_ / kWordBits, there = args_.words;
+    Buffer<uint32_t> planes(count_ * kX * words);  // of the activation, a row after the other
+    planes.clear();
+    parallel_for(count_, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, depth_)), [&](int64_t begin, int64_t end) {
+      int64_t ones[kMaxBits];
+      for (int64_t i = begin; i < end; ++i)
+        split_row(rows_[i], codes_, args_.x_kind, bits, planes.data() + i * kX * words, words, ones);
+    });
+    // Of binary digits each weighs twice as much as the one before it.
+    const int w_shift = args_.w_kind != Kind::kTernary, x_shift = args_.x_kind != Kind::kTernary;
+    const RowUnpacker<kW> unpacker(args_);
+    for_each_tile(0, [&](int64_t first, int64_t last, int8_t*) {
+      const int32_t* weights[kWeightRows][kW];
+      for (int row = 0; row < kWeightRows; ++row)
+        for (int i = 0; i < kW; ++i) weights[row][i] = unpacker.plane(std::min(first + row, last - 1), i);
+      for (int64_t row = first; row < last; ++row) weights_.tap_sums[row] = unpacker.sum(row);
+      for (int64_t m = 0; m < count_; ++m) {
+        const uint32_t* const x = planes.data() + m * kX * words;
+        __m512i ones[kWeightRows][kW][kX] = {};
+        for (int64_t word = 0; word < there; word += kLanes) {
+          const __mmask16 lanes = first_lanes(static_cast<int>(std::min<int64_t>(kLanes, there - word)));
+#pragma GCC unroll 4
+          for (int row = 0; row < kWeightRows; ++row)
+#pragma GCC unroll 2
+            for (int i = 0; i < kW; ++i) {
+              const __m512i weight = _mm512_maskz_loadu_epi32(lanes, weights[row][i] + word);
+#pragma GCC unroll 8
+              for (int j = 0; j < kX; ++j) {
+                const __m512i shared = _mm512_and_si512(weight, _mm512_load_si512(x + j * words + word));
+                ones[row][i][j] = _mm512_add_epi32(ones[row][i][j], _mm512_popcnt_epi32(shared));
+              }
+            }
+        }
+        __m512i sums[kWeightRows];
+#pragma GCC unroll 4
+        for (int row = 0; row < kWeightRows; ++row) {
+          sums[row] = _mm512_setzero_si512();
+#pragma GCC unroll 2
+          for (int i = 0; i < kW; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < kX; ++j)
+              sums[row] = _mm512_add_epi32(sums[row],
+                                           _mm512_sll_epi32(ones[row][i][j], _mm_cvtsi32_si128(w_shift * i + x_shift * j)));
+        }
+        put_four(dots_.data() + m * slots_ + first, sums[0], sums[1], sums[2], sums[3]);
+      }
+    });
+  }
+
+  void multiply() {
+    activations_ = Buffer<uint8_t>(round_up(count_, kAtOnce) * stride_);
+    activations_.clear();
+    for (int64_t i = 0; i < count_; ++i) copy_codes(activations_.data() + i * stride_, rows_[i], codes_);
+    switch (args_.w_bits) {
+      case 1:
+        return multiply_all<1>();
+      case 2:
+        return multiply_all<2>();
+      case 3:
+        return multiply_all<3>();
+      case 4:
+        return multiply_all<4>();
+      case 5:
+        return multiply_all<5>();
+      case 6:
+        return multiply_all<6>();
+      case 7:
+        return multiply_all<7>();
+      case 8:
+        return multiply_all<8>();
+    }
+  }
+
+  template <int kBits>
+  void multiply_all() {
+    const RowUnpacker<kBits> unpacker(args_);
+    weights_.zero = unpacker.kZero;
+    if (count_ == 1) return multiply_at_once<1>(unpacker);
+    if (count_ == 2) return multiply_at_once<2>(unpacker);
+    if (count_ <= kAtOnce) return multiply_at_once<kAtOnce>(unpacker);
+    for_each_tile(kWeightRows * kPartStride, [&](int64_t first, int64_t last, int8_t* codes) {
+      for (int64_t k = 0; k < depth_; k += kPart) {
+        const int64_t part = std::min(kPart, depth_ - k), word = k / kWordBits;
+        for (int64_t row = first; row < last; ++row) {
+          int8_t* const to = codes + (row - first) * kPartStride;
+          weights_.tap_sums[row] += unpacker.unpack(row, word, std::min(args_.words, word + kPart / kWordBits),
+                                                    [&](int64_t i, int, __m512i step) { _mm512_store_si512(to + i, step); });
+        }
+        for (int64_t i = 0; i < count_; i += kTileRows) multiply_tile(i, codes, first, k, part);
+      }
+    });
+  }
+
+  // Codes that are multiplied by so few rows need not leave the registers.
+  template <int kRows, class Unpacker>
+  void multiply_at_once(const Unpacker& unpacker) {
+    constexpr int kChains = kAtOnce / kRows;  // as a product waits four cycles for the one before it in its sum
+    for_each_tile(0, [&](int64_t first, int64_t last, int8_t*) {
+      const uint8_t* const activations = activations_.data();
+      const int64_t stride = stride_;
+      for (int64_t row = first; row < last; ++row) {
+        __m512i sums[kChains][kRows] = {};
+        weights_.tap_sums[row] = unpacker.unpack(row, 0, args_.words, [&](int64_t k, int step, __m512i codes) QK_INLINED {
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            __m512i& sum = sums[step % kChains][r];
+            sum = _mm512_dpbusd_epi32(sum, _mm512_load_si512(activations + r * stride + k), codes);
+          }
+        });
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          __m512i sum = sums[0][r];
+#pragma GCC unroll 4
+          for (int chain = 1; chain < kChains; ++chain) sum = _mm512_add_epi32(sum, sums[chain][r]);
+          dots_[r * slots_ + row] = _mm512_reduce_add_epi32(sum);
+        }
+      }
+    });
+  }
+
+  // Codes [k, k + n) of kWeightRows rows by those of activations from i on.
+  void multiply_tile(int64_t i, const int8_t* codes, int64_t slot, int64_t k, int64_t n) {
+    const int rows = static_cast<int>(std::min<int64_t>(kTileRows, count_ - i));
+    alignas(64) __m512i sums[kTileRows][kWeightRows];
+    with_tile(rows, kWeightRows, [&]<int kRows, int kVectors>() {
+      if constexpr (kVectors == kWeightRows) dot_rows<kRows>(activations_.data() + i * stride_ + k, stride_, codes, n, sums);
+    });
+    for (int r = 0; r < rows; ++r)
+      put_four(dots_.data() + (i + r) * slots_ + slot, sums[r][0], sums[r][1], sums[r][2], sums[r][3], k > 0);
+  }
+
+  // The sums of kWeightRows vectors. Where there are fewer channels, others are written over later, or never read.
+  QK_INLINED static void put_four(int32_t* to, __m512i a, __m512i b, __m512i c, __m512i d, bool add = false) {
+    __m128i four = four_sums(a, b, c, d);
+    if (add) four = _mm_add_epi32(four, _mm_loadu_si128(reinterpret_cast<const __m128i*>(to)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), four);
+  }
+
+  void finish(const Plan& plan, const Epilogue& epilogue) const {
+    const Output output(args_);
+    parallel_for(plan.panels(), 8, [&](int64_t begin, int64_t end) {
+      const int64_t padded = (count_ + kLanes - 1) / kLanes * kLanes;
+      Buffer<float> staged(padded * kPanelLanes), turned(padded * kPanelLanes);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t channel = panel * kPanelLanes, lanes = std::min<int64_t>(kPanelLanes, slots_ - channel);
+        for (int64_t i = 0; i < count_; ++i)
+          epilogue.finish<int32_t, 0>(dots_.data() + i * slots_ + channel, sums_.data() + i, weights_.zero, 0, channel,
+                                      lanes, staged.data() + i * kPanelLanes);
+        output.write(staged.data(), 0, count_, channel,
+                     std::min<int64_t>(kPanelLanes, args_.geometry.out_channels - channel), turned.data());
+      }
+    });
+  }
+
+  const LowbitArgs& args_;
+  const uint8_t* const* rows_;
+  int64_t count_, codes_, depth_, stride_, slots_;  // codes: K; depth: K in whole blocks
+  Buffer<uint8_t> activations_;                     // [count][stride], zeros past K; not where ones are counted
+  Buffer<int32_t> sums_;                            // [count], of those
+  Buffer<int32_t> dots_;                            // [count][slots]
+  Weights weights_;                                 // their sums alone
+};
+
+#endif
+
+}  // namespace qk::cpu::QK_CPU_ISA
