@@ -126,6 +126,49 @@ template <int kRows>
     for (int w = 0; w < kWeightRows; ++w) _mm512_store_si512(to[r] + w, sums[r][w]);
 }
 
+// sums[r][w], lane by lane, of the ones that kM activations, their planes `stride` words apart, share with kWeightRows rows,
+// each pair of digits with its weight, 2^(w_shift * i + x_shift * j). weights: planes of `words` words, which need not fill
+// a vector; those of activations do.
+template <int kM, int kW, int kX>
+[[gnu::noinline]] void count_rows(const int32_t* const (&weights)[kWeightRows][kW], int64_t words,
+                                  const uint32_t* const (&x)[kM], int64_t stride, int w_shift, int x_shift,
+                                  __m512i (*to)[kWeightRows]) {
+  __m512i ones[kM][kWeightRows][kW][kX] = {};
+  for (int64_t word = 0; word < words; word += kLanes) {
+    const __mmask16 there = first_lanes(static_cast<int>(std::min<int64_t>(kLanes, words - word)));
+    __m512i digits[kM][kX];
+#pragma GCC unroll 4
+    for (int r = 0; r < kM; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < kX; ++j) digits[r][j] = _mm512_load_si512(x[r] + j * stride + word);
+#pragma GCC unroll 4
+    for (int row = 0; row < kWeightRows; ++row)
+#pragma GCC unroll 2
+      for (int i = 0; i < kW; ++i) {
+        const __m512i weight = _mm512_maskz_loadu_epi32(there, weights[row][i] + word);
+#pragma GCC unroll 4
+        for (int r = 0; r < kM; ++r)
+#pragma GCC unroll 4
+          for (int j = 0; j < kX; ++j) {
+            const __m512i shared = _mm512_and_si512(weight, digits[r][j]);
+            ones[r][row][i][j] = _mm512_add_epi32(ones[r][row][i][j], _mm512_popcnt_epi32(shared));
+          }
+      }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kM; ++r)
+#pragma GCC unroll 4
+    for (int row = 0; row < kWeightRows; ++row) {
+      __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 2
+      for (int i = 0; i < kW; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kX; ++j)
+          sum = _mm512_add_epi32(sum, _mm512_sll_epi32(ones[r][row][i][j], _mm_cvtsi32_si128(w_shift * i + x_shift * j)));
+      _mm512_store_si512(to[r] + row, sum);
+    }
+}
+
 // The whole product: integer sums of all rows first, then the epilogue.
 class FewRows {
  public:
@@ -194,8 +237,14 @@ class FewRows {
   // kX: at least the bits of the activation.
   template <int kW, int kX>
   void count_pairs() {
+    constexpr int kMany = 4 / (kW * kX);  // activations at a time: 16 sums
+    kMany > 1 && count_ > 1 ? count_pairs<kW, kX, std::max(kMany, 1)>() : count_pairs<kW, kX, 1>();
+  }
+
+  template <int kW, int kX, int kM>
+  void count_pairs() {
     const int bits = bits_of(args_.x_kind, args_.x_levels);
-    const int64_t words = depth_ / kWordBits, there = args_.words;
+    const int64_t words = depth_ / kWordBits;
     Buffer<uint32_t> planes(count_ * kX * words);  // of the activation, a row after the other
     planes.clear();
     parallel_for(count_, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, depth_)), [&](int64_t begin, int64_t end) {
@@ -211,35 +260,13 @@ class FewRows {
       for (int row = 0; row < kWeightRows; ++row)
         for (int i = 0; i < kW; ++i) weights[row][i] = unpacker.plane(std::min(first + row, last - 1), i);
       for (int64_t row = first; row < last; ++row) weights_.tap_sums[row] = unpacker.sum(row);
-      for (int64_t m = 0; m < count_; ++m) {
-        const uint32_t* const x = planes.data() + m * kX * words;
-        __m512i ones[kWeightRows][kW][kX] = {};
-        for (int64_t word = 0; word < there; word += kLanes) {
-          const __mmask16 lanes = first_lanes(static_cast<int>(std::min<int64_t>(kLanes, there - word)));
-#pragma GCC unroll 4
-          for (int row = 0; row < kWeightRows; ++row)
-#pragma GCC unroll 2
-            for (int i = 0; i < kW; ++i) {
-              const __m512i weight = _mm512_maskz_loadu_epi32(lanes, weights[row][i] + word);
-#pragma GCC unroll 8
-              for (int j = 0; j < kX; ++j) {
-                const __m512i shared = _mm512_and_si512(weight, _mm512_load_si512(x + j * words + word));
-                ones[row][i][j] = _mm512_add_epi32(ones[row][i][j], _mm512_popcnt_epi32(shared));
-              }
-            }
-        }
-        __m512i sums[kWeightRows];
-#pragma GCC unroll 4
-        for (int row = 0; row < kWeightRows; ++row) {
-          sums[row] = _mm512_setzero_si512();
-#pragma GCC unroll 2
-          for (int i = 0; i < kW; ++i)
-#pragma GCC unroll 8
-            for (int j = 0; j < kX; ++j)
-              sums[row] = _mm512_add_epi32(sums[row],
-                                           _mm512_sll_epi32(ones[row][i][j], _mm_cvtsi32_si128(w_shift * i + x_shift * j)));
-        }
-        put_four(dots_.data() + m * slots_ + first, sums[0], sums[1], sums[2], sums[3]);
+      alignas(64) __m512i sums[kM][kWeightRows];
+      for (int64_t m = 0; m < count_; m += kM) {
+        const uint32_t* x[kM];
+        for (int r = 0; r < kM; ++r) x[r] = planes.data() + std::min(m + r, count_ - 1) * kX * words;
+        count_rows<kM, kW, kX>(weights, args_.words, x, words, w_shift, x_shift, sums);
+        for (int r = 0; r < kM && m + r < count_; ++r)
+          put_four(dots_.data() + (m + r) * slots_ + first, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
       }
     });
   }
