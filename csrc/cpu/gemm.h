@@ -171,7 +171,10 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
       }
     }
   };
-  parallel_for(plan.groups * blocks * chunks, 1, tasks, 1);
+  // A piece prepares its first rows anew, which a large product can afford for threads that are not equally fast.
+  constexpr double kLarge = 1 << 28;
+  const double products = static_cast<double>(pixels) * args.geometry.out_channels * plan.depth;
+  parallel_for(plan.groups * blocks * chunks, 1, tasks, products > kLarge ? 4 : 1);
 }
 
 template <class Source>
