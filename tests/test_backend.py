@@ -76,13 +76,28 @@ def test_a_missing_triton_is_one_sentence():
 def test_triton_without_gpu_and_interpreter_says_what_to_do():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    code = (
-        "import torch, quantkernels as qk\n"
-        "with qk.backend('triton'): qk.ops.fake_quantize(torch.zeros(3), torch.zeros(1, 3), 0, 3)"
-    )
-    message = "NotImplementedError: quantkernels.fake_quantize: the triton backend has no kernel for cpu tensors here"
-    error = python(code).stderr
-    assert message in error and "TRITON_INTERPRET=1" in error
+    # Three ways to a kernel: with a gradient's rules, with a mask, and as one node with statistics.
+    code = """
+import torch, quantkernels as qk
+x, grid = torch.zeros(3), torch.zeros(1, 3)
+learning, weights = torch.zeros(3, requires_grad=True), torch.zeros(2, requires_grad=True)
+with qk.backend('triton'):
+    for call in (
+        lambda: qk.ops.fake_quantize(x, grid, 0, 3),
+        lambda: qk.ops.fake_quantize(learning, grid, 0, 3, qk.ops.Ste.CLIP),
+        lambda: qk.ops.minmax_mixture(learning, weights, torch.ones(()), [3, 15]),
+    ):
+        try:
+            call()
+        except NotImplementedError as error:
+            print(error)
+"""
+    sentences = python(code).stdout.splitlines()
+    names = ("fake_quantize", "fake_quantize_masked", "minmax_attention_quantize")
+    assert len(sentences) == len(names)
+    for name, sentence in zip(names, sentences, strict=True):
+        assert sentence.startswith(f"quantkernels.{name}: the triton backend has no kernel for cpu tensors here")
+        assert "TRITON_INTERPRET=1" in sentence
 
 
 def test_an_op_that_a_backend_lacks_is_one_sentence():

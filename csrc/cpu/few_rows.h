@@ -14,11 +14,10 @@ namespace qk::cpu::QK_CPU_ISA {
 
 inline constexpr int64_t kStepCodes = 64;  // of a register
 inline constexpr int64_t kBlockCodes = 8 * kStepCodes;
-inline constexpr int64_t kPart =
-    4 * kBlockCodes;  // of a row: with as much of the activations' it fits the first-level cache
-inline constexpr int64_t kPartStride =
-    kPart + kStepCodes;                // rows a power of two apart would share a few lines of that cache
-inline constexpr int kWeightRows = 4;  // that are unpacked together: a tile of them and of kTileRows activations
+// Of a weight row, in scratch memory: with as much of the activations it fits the first-level cache, of which rows a power
+// of two apart would share a few lines.
+inline constexpr int64_t kPart = 4 * kBlockCodes, kPartStride = kPart + kStepCodes;
+inline constexpr int kWeightRows = 4;  // in a tile with kTileRows activations
 
 // Rows of planes to codes, a block at a time.
 template <int kBits>
