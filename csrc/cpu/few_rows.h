@@ -40,15 +40,20 @@ class RowUnpacker {
     return unpack(row, 0, words_, [](int64_t, int, __m512i) {});
   }
 
-  // Calls f(k, step, codes [k, k + kStepCodes) less kZero) for the blocks of these words of a row, of which k counts the
-  // codes and `step` the steps of a block; past the row's end codes are 0. Returns the sum of the codes.
+  // The eight bytes i of a block that was unpacked are codes 8 w to 8 w + 7 of the row's: w.
+  static constexpr int source(int i) {
+    const int step = i / 8, lane = i % 8 / 2, half = i % 2;
+    return 16 * lane + 2 * kGroups * (step / kGroups) + kGroups * half + step % kGroups;
+  }
+
+  // Calls f(k, step, codes less kZero) for the steps of the blocks of these words of a row, of which k counts the codes;
+  // each block in the order that source() tells, past the row's end codes 0. Returns the sum of the codes.
   template <class F>
   QK_INLINED int64_t unpack(int64_t row, int64_t first_word, int64_t last_word, const F& f) const {
     __m512i ones[kBits] = {};
     for (int64_t word = first_word, k = 0; word < last_word; word += kLanes) {
       const __mmask16 there = first_lanes(static_cast<int>(std::min<int64_t>(kLanes, last_word - word)));
-      __m512i digits[kBits + 1];
-      digits[kBits] = _mm512_setzero_si512();
+      __m512i digits[kMaxBits] = {}, steps[8];
 #pragma GCC unroll 8
       for (int digit = 0; digit < kBits; ++digit) {
         digits[digit] = _mm512_maskz_loadu_epi32(there, plane(row, digit) + word);
@@ -56,8 +61,9 @@ class RowUnpacker {
       }
       // The digits 00, 01, 11 of ternary codes become binary ones.
       if (kBits == 2 && kind_ == Kind::kTernary) digits[0] = _mm512_xor_si512(digits[0], digits[1]);
+      codes_of(digits, steps);
 #pragma GCC unroll 8
-      for (int step = 0; step < 8; ++step, k += kStepCodes) f(k, step, codes_of_step(digits, step));
+      for (int step = 0; step < 8; ++step, k += kStepCodes) f(k, step, steps[step]);
     }
     int64_t sum = 0;
 #pragma GCC unroll 8
@@ -67,21 +73,52 @@ class RowUnpacker {
   }
 
  private:
-  // An affine map over GF(2) of the unit matrix transposes bits: of each eight bytes, byte 7 - d is bit d of eight codes.
-  // Its constant inverts the highest bit, which takes 128 from an unsigned byte to make a signed one.
-  QK_INLINED static __m512i codes_of_step(const __m512i (&digits)[kBits + 1], int step) {
-    // Of each word, byte 2 i is the word's byte of the step in the first table, byte 2 i + 1 that in the second.
-    const __m512i first = _mm512_set_epi64(0x4707470747074707, 0x4606460646064606, 0x4505450545054505, 0x4404440444044404,
-                                           0x4303430343034303, 0x4202420242024202, 0x4101410141014101, 0x4000400040004000);
-    const __m512i bytes = _mm512_add_epi8(first, _mm512_set1_epi8(static_cast<char>(8 * step)));
-    __m512i matrices = _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (int digit = 0; digit < kBits; digit += 2) {
-      const __mmask64 place = uint64_t{0xc0c0c0c0c0c0c0c0} >> digit;
-      matrices = _mm512_or_si512(matrices, _mm512_maskz_permutex2var_epi8(place, digits[digit + 1], bytes, digits[digit]));
-    }
+  static constexpr int kWidth = kBits <= 2 ? kBits : kBits <= 4 ? 4 : 8;  // bits that a code takes below
+  static constexpr int kGroups = 8 / kWidth;
+
+  // An affine map over GF(2) of the unit matrix transposes bits: eight bytes, which are digits kWidth - 1 to 0 of kGroups
+  // times eight codes, become eight bytes of kGroups codes each. Its constant inverts the highest bit, which takes 128 from
+  // an unsigned byte to make a signed one.
+  QK_INLINED static void codes_of(const __m512i (&digits)[kMaxBits], __m512i (&steps)[8]) {
     const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
-    return _mm512_gf2p8affine_epi64_epi8(unit, matrices, kZero);
+    __m512i bytes[kWidth];
+    interleave(digits, bytes);
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; ++step) {
+      const __m512i codes = _mm512_gf2p8affine_epi64_epi8(unit, bytes[step / kGroups], kZero);
+      const __m512i shifted = _mm512_srli_epi16(codes, 8 - kWidth * (step % kGroups + 1));
+      steps[step] = kWidth == 8 ? codes : _mm512_and_si512(shifted, _mm512_set1_epi8((1 << kWidth) - 1));
+    }
+  }
+
+  // The digits of eight codes after one another, within parts of 128 bits.
+  QK_INLINED static void interleave(const __m512i (&digits)[kMaxBits], __m512i (&bytes)[kWidth]) {
+    if constexpr (kWidth == 1) {
+      bytes[0] = digits[0];
+    } else if constexpr (kWidth == 2) {
+      bytes[0] = _mm512_unpacklo_epi8(digits[1], digits[0]);
+      bytes[1] = _mm512_unpackhi_epi8(digits[1], digits[0]);
+    } else if constexpr (kWidth == 4) {
+      interleave_four(digits, bytes);
+    } else {
+      __m512i high[4], low[4];
+      interleave_four(digits + 4, high);
+      interleave_four(digits, low);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        bytes[2 * i] = _mm512_unpacklo_epi32(high[i], low[i]);
+        bytes[2 * i + 1] = _mm512_unpackhi_epi32(high[i], low[i]);
+      }
+    }
+  }
+  QK_INLINED static void interleave_four(const __m512i* digits, __m512i (&fours)[4]) {
+    const __m512i high[] = {_mm512_unpacklo_epi8(digits[3], digits[2]), _mm512_unpackhi_epi8(digits[3], digits[2])};
+    const __m512i low[] = {_mm512_unpacklo_epi8(digits[1], digits[0]), _mm512_unpackhi_epi8(digits[1], digits[0])};
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      fours[2 * half] = _mm512_unpacklo_epi16(high[half], low[half]);
+      fours[2 * half + 1] = _mm512_unpackhi_epi16(high[half], low[half]);
+    }
   }
 
   const int32_t* planes_;
@@ -271,9 +308,6 @@ class FewRows {
   }
 
   void multiply() {
-    activations_ = Buffer<uint8_t>(round_up(count_, kAtOnce) * stride_);
-    activations_.clear();
-    for (int64_t i = 0; i < count_; ++i) copy_codes(activations_.data() + i * stride_, rows_[i], codes_);
     switch (args_.w_bits) {
       case 1:
         return multiply_all<1>();
@@ -298,6 +332,7 @@ class FewRows {
   void multiply_all() {
     const RowUnpacker<kBits> unpacker(args_);
     weights_.zero = unpacker.kZero;
+    order_activations<kBits>();
     if (count_ == 1) return multiply_at_once<1>(unpacker);
     if (count_ == 2) return multiply_at_once<2>(unpacker);
     if (count_ <= kAtOnce) return multiply_at_once<kAtOnce>(unpacker);
@@ -312,6 +347,21 @@ class FewRows {
         for (int64_t i = 0; i < count_; i += kTileRows) multiply_tile(i, codes, first, k, part);
       }
     });
+  }
+
+  // Each block as the weights' are ordered.
+  template <int kBits>
+  void order_activations() {
+    activations_ = Buffer<uint8_t>(round_up(count_, kAtOnce) * stride_);
+    activations_.clear();
+    const Buffer<uint8_t> row(depth_);
+    std::memset(row.data(), 0, depth_);
+    for (int64_t i = 0; i < count_; ++i) {
+      copy_codes(row.data(), rows_[i], codes_);
+      uint8_t* const to = activations_.data() + i * stride_;
+      for (int64_t k = 0; k < depth_; k += kBlockCodes)
+        for (int w = 0; w < 64; ++w) std::memcpy(to + k + 8 * w, row.data() + k + 8 * RowUnpacker<kBits>::source(w), 8);
+    }
   }
 
   // Codes that are multiplied by so few rows need not leave the registers.
