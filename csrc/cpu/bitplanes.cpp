@@ -193,7 +193,7 @@ void unpack_bitplanes(const UnpackArgs& args) {
 void quantize_pack(const QuantizePackArgs& args) {
   std::fill_n(args.plane_sums, args.bits * args.rows, 0);
   const Layout grids{1, args.per_row ? args.rows : 1, args.columns};
-  const ChannelTable table = grid_table(grids, Walk{}, args.grid);
+  const ChannelTable table = grid_table(grids, Walk{}, args.grid);  // an entry a row, however short rows are
   with_type(args.dtype, [&]<class T>(T*) {
     with_kind(args.kind, [&]<Kind kKind>() {
       for_each_chunk(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {

@@ -220,9 +220,7 @@ void lowbit_conv2d(const LowbitArgs& args) {
   const Window window(g);
 #if defined(__AVX512F__)
   if (const int64_t pixels = g.batch * g.out_height * g.out_width; FewRows::suits(args, plan, pixels)) {
-    Plan all = plan;
-    all.block = pixels;
-    Rows<uint8_t> rows(all, RowSource::kGathers);
+    Rows<uint8_t> rows(pixels, 0);
     RowSource{g, codes.data}.fill(0, pixels, 0, rows);
     return FewRows(args, plan, rows.row.data(), pixels).run(plan, window);
   }

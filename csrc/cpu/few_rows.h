@@ -3,6 +3,7 @@
 // product: here each of its rows is read once, as planes, and its codes get no further than the first-level cache.
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/lowbit.h"
 #include "cpu/parallel.h"
@@ -220,7 +221,7 @@ class FewRows {
         rows_(rows),
         count_(count),
         codes_(plan.depth),
-        depth_((args.words + kLanes - 1) / kLanes * kBlockCodes),
+        depth_(round_up(plan.depth, kBlockCodes)),
         stride_(depth_ + kStepCodes),
         slots_(plan.slots()),
         sums_(count),
@@ -240,8 +241,6 @@ class FewRows {
   static constexpr int64_t kMost = 48, kMostCounted = 512;
   static constexpr int kAtOnce = 4;
 
-  static int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
   // Whether ones that planes share are counted. A pair of planes costs a sixth of a product of codes, which for a few rows
   // have to be unpacked for it first.
   static bool counts(const LowbitArgs& args, int64_t count) {
@@ -249,16 +248,13 @@ class FewRows {
     return w_bits <= 2 && w_bits * x_bits <= (count <= 2 ? 4 : 2);
   }
 
-  // f(first, last, scratch) for kWeightRows weight rows, in parallel; scratch: as many bytes, zero at first.
+  // f(first, last) for kWeightRows weight rows, in parallel.
   template <class F>
-  void for_each_tile(int64_t bytes, const F& f) const {
-    const int64_t channels = args_.geometry.out_channels, tiles = (channels + kWeightRows - 1) / kWeightRows;
+  void for_each_tile(const F& f) const {
+    const int64_t channels = args_.geometry.out_channels, tiles = divide_up(channels, kWeightRows);
     const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, kWeightRows * depth_ * count_));
     parallel_for(tiles, grain, [&](int64_t begin, int64_t end) {
-      Buffer<int8_t> scratch(bytes);
-      scratch.clear();
-      for (int64_t tile = begin; tile < end; ++tile)
-        f(tile * kWeightRows, std::min((tile + 1) * kWeightRows, channels), scratch.data());
+      for (int64_t tile = begin; tile < end; ++tile) f(tile * kWeightRows, std::min((tile + 1) * kWeightRows, channels));
     });
   }
 
@@ -274,7 +270,7 @@ class FewRows {
   template <int kW, int kX>
   void count_pairs() {
     constexpr int kMany = 4 / (kW * kX);  // activations at a time: 16 sums
-    kMany > 1 && count_ > 1 ? count_pairs<kW, kX, std::max(kMany, 1)>() : count_pairs<kW, kX, 1>();
+    count_ > 1 ? count_pairs<kW, kX, kMany>() : count_pairs<kW, kX, 1>();
   }
 
   template <int kW, int kX, int kM>
@@ -291,7 +287,7 @@ class FewRows {
     // Of binary digits each weighs twice as much as the one before it.
     const int w_shift = args_.w_kind != Kind::kTernary, x_shift = args_.x_kind != Kind::kTernary;
     const RowUnpacker<kW> unpacker(args_);
-    for_each_tile(0, [&](int64_t first, int64_t last, int8_t*) {
+    for_each_tile([&](int64_t first, int64_t last) {
       const int32_t* weights[kWeightRows][kW];
       for (int row = 0; row < kWeightRows; ++row)
         for (int i = 0; i < kW; ++i) weights[row][i] = unpacker.plane(std::min(first + row, last - 1), i);
@@ -308,24 +304,9 @@ class FewRows {
   }
 
   void multiply() {
-    switch (args_.w_bits) {
-      case 1:
-        return multiply_all<1>();
-      case 2:
-        return multiply_all<2>();
-      case 3:
-        return multiply_all<3>();
-      case 4:
-        return multiply_all<4>();
-      case 5:
-        return multiply_all<5>();
-      case 6:
-        return multiply_all<6>();
-      case 7:
-        return multiply_all<7>();
-      case 8:
-        return multiply_all<8>();
-    }
+    [&]<int... kFewer>(std::integer_sequence<int, kFewer...>) {
+      ((args_.w_bits == kFewer + 1 ? multiply_all<kFewer + 1>() : void()), ...);
+    }(std::make_integer_sequence<int, kMaxBits>{});
   }
 
   template <int kBits>
@@ -336,7 +317,8 @@ class FewRows {
     if (count_ == 1) return multiply_at_once<1>(unpacker);
     if (count_ == 2) return multiply_at_once<2>(unpacker);
     if (count_ <= kAtOnce) return multiply_at_once<kAtOnce>(unpacker);
-    for_each_tile(kWeightRows * kPartStride, [&](int64_t first, int64_t last, int8_t* codes) {
+    for_each_tile([&](int64_t first, int64_t last) {
+      alignas(64) int8_t codes[kWeightRows * kPartStride] = {};
       for (int64_t k = 0; k < depth_; k += kPart) {
         const int64_t part = std::min(kPart, depth_ - k), word = k / kWordBits;
         for (int64_t row = first; row < last; ++row) {
@@ -368,7 +350,7 @@ class FewRows {
   template <int kRows, class Unpacker>
   void multiply_at_once(const Unpacker& unpacker) {
     constexpr int kChains = kAtOnce / kRows;  // as a product waits four cycles for the one before it in its sum
-    for_each_tile(0, [&](int64_t first, int64_t last, int8_t*) {
+    for_each_tile([&](int64_t first, int64_t last) {
       const uint8_t* const activations = activations_.data();
       const int64_t stride = stride_;
       for (int64_t row = first; row < last; ++row) {
@@ -412,7 +394,7 @@ class FewRows {
   void finish(const Plan& plan, const Epilogue& epilogue) const {
     const Output output(args_);
     parallel_for(plan.panels(), 8, [&](int64_t begin, int64_t end) {
-      const int64_t padded = (count_ + kLanes - 1) / kLanes * kLanes;
+      const int64_t padded = round_up(count_, kLanes);
       Buffer<float> staged(padded * kPanelLanes), turned(padded * kPanelLanes);
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t channel = panel * kPanelLanes, lanes = std::min<int64_t>(kPanelLanes, slots_ - channel);

@@ -15,14 +15,14 @@ namespace qk::cpu::QK_CPU_ISA {
 
 template <class Code>
 struct Rows {
-  Rows(const Plan& plan, bool gathered)
-      : row(plan.block), window_class(plan.block), gathered(gathered ? plan.block * plan.steps() * kDepth : 0) {
+  // width: codes a row that are gathered.
+  Rows(int64_t count, int64_t width) : row(count), window_class(count), gathered(count * width) {
     this->gathered.clear();  // the codes past K stay zero
   }
 
-  Buffer<const Code*> row;       // [block]
-  Buffer<int64_t> window_class;  // [block]
-  Buffer<Code> gathered;         // [block][steps * kDepth], or empty
+  Buffer<const Code*> row;       // [count]
+  Buffer<int64_t> window_class;  // [count]
+  Buffer<Code> gathered;         // [count][width], or empty
 };
 
 // What multiplies a block of rows, a tile at a time: rows [first, first + count) by the vectors of a panel.
@@ -138,11 +138,11 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
   using Sum = typename Tiles::Sum;
   const Output output(args);
   const int64_t pixels = args.geometry.batch * args.geometry.out_height * args.geometry.out_width;
-  const int64_t blocks = (pixels + plan.block - 1) / plan.block, chunks = (plan.panels() + plan.chunk - 1) / plan.chunk;
+  const int64_t blocks = divide_up(pixels, plan.block), chunks = divide_up(plan.panels(), plan.chunk);
   const auto tasks = [&](int64_t begin, int64_t end) {
-    Rows<typename Tiles::Code> rows(plan, Source::kGathers);
+    Rows<typename Tiles::Code> rows(plan.block, Source::kGathers ? plan.steps() * kDepth : 0);
     Tiles tiles(args, plan, weights, epilogue);
-    const int64_t padded = (plan.block + kLanes - 1) / kLanes * kLanes;
+    const int64_t padded = round_up(plan.block, kLanes);
     Buffer<float> staged(padded * kPanelLanes), turned(padded * kPanelLanes);
     Sum dots[kTileRows * kPanelLanes];
     for (int64_t task = begin; task < end; ++task) {

@@ -11,9 +11,6 @@
 namespace qk::cpu::QK_CPU_ISA {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
 bool is_channels_last(const ConvGeometry& g, const int64_t* stride) {
   return (g.in_channels == 1 || stride[1] == 1) && (g.in_width == 1 || stride[3] == g.in_channels) &&
          (g.in_height == 1 || stride[2] == g.in_width * g.in_channels);

@@ -12,6 +12,9 @@
 
 namespace qk::cpu::QK_CPU_ISA {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
 // How a product is computed.
 enum class Path {
   kRows,       // every output pixel reads one run of the activation: linear layers, 1 x 1 convolutions

@@ -95,7 +95,6 @@ def test_codes_of_ties_and_of_what_no_integer_holds(backend, dtype, levels):
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_codes_of_all_numbers_of_a_half_type(backend, dtype, offset, step):
-    # In order, so that most blocks have no number that needs care.
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(1, -1)
     arguments = (torch.tensor([[offset, step, 0.0]]), Kind.UNIFORM, 15, None)
     planes, sums = backend.ops.quantize_pack(x.to(backend.device), arguments[0].to(backend.device), *arguments[1:])
