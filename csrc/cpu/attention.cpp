@@ -143,12 +143,6 @@ struct Forward : Members<kMix, kCount, true, true> {
     write(i, lanes, load(x + i, lanes), p);
   }
 
-  void pair(int64_t i, const typename Base::Params& low, const typename Base::Params& high) const
-    requires kInPairs<T>
-  {
-    out.put_pair(i, mixture(load(x + i), low), mixture(load(x + i + kLanes), high));
-  }
-
  protected:
   Vec mixture(Vec value, const typename Base::Params& p) const {
     const Vec shared = Base::shared(value, p);
@@ -159,12 +153,28 @@ struct Forward : Members<kMix, kCount, true, true> {
 };
 
 #if defined(__AVX512F__)
+template <Mix kMix, int kCount>
+struct ForwardOfPairs : Forward<kMix, kCount, BFloat16> {
+  using Base = Forward<kMix, kCount, BFloat16>;
+  using Base::Base;
+  struct Pairs {};
+
+  template <bool>
+  void add(int64_t i, const typename Base::Params& first, const typename Base::Params& second, Pairs&) const {
+    const TwoVecs value = widen(load_bits(this->x + i), this->x);
+    this->out.put_two(i, {this->mixture(value.first, first), this->mixture(value.second, second)});
+  }
+  void prefetch_pair(int64_t i) const { prefetch_line(this->x + i); }
+};
+template <Mix kMix, int kCount, class T>
+using ForwardOf = std::conditional_t<kInPairs<T>, ForwardOfPairs<kMix, kCount>, Forward<kMix, kCount, T>>;
+
 // The forward of half types by a table, where a code of the finest member tells the codes of all others. With levels like
 // those of 2, 4 and 8 bits, which divide each other to odd numbers, codes of a coarser member change where one of the finest
 // does, but for rounding errors. These matter to a few numbers of the half type, which are found out.
 template <int kCount, class T>
-struct LookupForward : Forward<Mix::kCovered, kCount, T> {
-  using Base = Forward<Mix::kCovered, kCount, T>;
+struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
+  using Base = ForwardOf<Mix::kCovered, kCount, T>;
   static constexpr int64_t kShortest = 2048;  // elements of a run that are worth a table
   struct Params : Base::Params {
     CodeTable table;
@@ -206,24 +216,37 @@ struct LookupForward : Forward<Mix::kCovered, kCount, T> {
  private:
   template <int kExceptions>
   int64_t look_up_all(int64_t i, int64_t end, const Params& p) const {
-    const auto put = [&](int64_t at, __m512i packed) {
-      this->out.put_bits(at, p.exceptions.template apply<kExceptions>(in_order(packed, this->x), load_bits(this->x + at)));
+    const auto put = [&](int64_t at, __m512i results) {
+      this->out.put_bits(at, p.exceptions.template apply<kExceptions>(results, load_bits(this->x + at)));
     };
-    constexpr int64_t kHalf = kLookup / 2;
     for (; i + kLookup <= end; i += kLookup) {
-      const __m512i codes = _mm512_packus_epi16(finest_codes(i, p), finest_codes(i + kHalf, p));
+      const __m512i codes = finest_codes(this->x + i, p);
       const __m512i low = look_up(p.table.low, codes), high = look_up(p.table.high, codes);
       put(i, _mm512_unpacklo_epi8(low, high));
-      put(i + kHalf, _mm512_unpackhi_epi8(low, high));
+      put(i + kLookup / 2, _mm512_unpackhi_epi8(low, high));
     }
     return i;
   }
 
-  // Of 32 elements, packed.
-  QK_INLINED __m512i finest_codes(int64_t i, const Params& p) const {
-    const auto values = load_to_pack(this->x + i);
+  // Of 64 elements, in an order that unpacking makes that of memory: each 128 bits hold eight of the first half and eight of
+  // the second.
+  QK_INLINED __m512i finest_codes(const BFloat16* from, const Params& p) const {
     const auto code = [&](Vec value) { return _mm512_cvtps_epi32(this->position(finest_, Base::shared(value, p), p).v); };
-    return _mm512_packus_epi32(code(values.first), code(values.second));
+    const auto half = [&](const BFloat16* at) {
+      const TwoVecs values = load_to_pack(at);
+      return _mm512_packus_epi32(code(values.first), code(values.second));
+    };
+    return _mm512_packus_epi16(half(from), half(from + kLookup / 2));
+  }
+  QK_INLINED __m512i finest_codes(const Half* from, const Params& p) const {
+    const HalfVec offset = part({p.offset[0], p.offset[0]}, 0), inverse = part({p.inverse[finest_], p.inverse[finest_]}, 0);
+    const auto eight = [&](int n) { return _mm256_cvtps_epi32(((load_half_vec(from + 8 * n) - offset) * inverse).v); };
+    const auto half = [&](int n) {
+      return _mm512_castsi256_si512(
+          _mm256_packus_epi16(_mm256_packus_epi32(eight(n), eight(n + 1)), _mm256_packus_epi32(eight(n + 2), eight(n + 3))));
+    };
+    const __m512i order = _mm512_set_epi32(23, 19, 7, 3, 22, 18, 6, 2, 21, 17, 5, 1, 20, 16, 4, 0);
+    return _mm512_permutex2var_epi32(half(0), order, half(4));
   }
 
   // Never half-way between two codes, for the ratio is 1 to an odd number.
@@ -250,14 +273,9 @@ struct LookupForward : Forward<Mix::kCovered, kCount, T> {
   }
 
   void fill(Params& p) const {
-    T results[2 * kLanes];
-    Results<T> into = this->out;
-    into.data = results;
-    into.streams = false;
     for (int first = 0; first <= levels_[finest_]; first += 2 * kLanes) {
       const float code = static_cast<float>(first);
-      into.put_pair(0, mixture_at(count_from(code), p), mixture_at(count_from(code + kLanes), p));
-      p.table.set(first, load_bits(results));
+      p.table.set(first, this->out.narrow_pair(mixture_at(count_from(code), p), mixture_at(count_from(code + kLanes), p)));
     }
     Exceptions<T>& own = p.exceptions;
     std::fill(own.numbers + own.count, own.numbers + kLanes, own.count ? own.numbers[0] : T{});
@@ -268,6 +286,9 @@ struct LookupForward : Forward<Mix::kCovered, kCount, T> {
   float levels_[Base::kSize];
   Vec ratio_[Base::kSize];
 };
+#else
+template <Mix kMix, int kCount, class T>
+using ForwardOf = Forward<kMix, kCount, T>;
 #endif
 
 // Accumulators: sum g; sum g c_k a quantizer (of an identity member sum g x); then what kSte, the most that any member asks
@@ -307,15 +328,7 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity, false> {
     if constexpr (kStores) out.put(i, g * passed, lanes);
   }
 
-  void pair(int64_t i, const typename Base::Params& p, Vec* sums, Vec* more_sums) const
-    requires(kInPairs<T> && !kStores)
-  {
-    const auto g = widen(load_bits(grad + i), grad), value = widen(load_bits(x + i), x);
-    accumulate(g.first, value.first, p, sums);
-    accumulate(g.second, value.second, p, more_sums);
-  }
-
- private:
+ protected:
   // Returns what part of g the members pass.
   Vec accumulate(Vec g, Vec value, const typename Base::Params& p, Vec* sums) const {
     const Vec shared = Base::shared(value, p);
@@ -340,6 +353,73 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity, false> {
     return either(passing[k], both(less_equal(zero, position), less_equal(position, levels)));
   }
 };
+
+#if defined(__AVX512F__)
+// Of half types 32 elements at a time, of Half on one range.
+template <Mix kMix, int kCount, class T>
+struct GradientOfPairs : Backward<kMix, kCount, Ste::kIdentity, false, T> {
+  using Base = Backward<kMix, kCount, Ste::kIdentity, false, T>;
+  using Params = typename Base::Params;
+  using Base::Base;
+  static constexpr bool kByHalves = std::is_same_v<T, Half>;
+  using Part = std::conditional_t<kByHalves, HalfVec, Vec>;
+  struct Pairs {
+    Part sums[Base::kSums][kByHalves ? kHalfVecs : 2]{};
+  };
+
+  template <bool>
+  void add(int64_t i, const Params& first, const Params& second, Pairs& to) const {
+    if constexpr (kByHalves) {
+      unrolled<kHalfVecs>([&](int q) QK_INLINED {
+        const HalfVec g = load_half_vec(this->grad + i + 8 * q), value = load_half_vec(this->x + i + 8 * q);
+        HalfVec distance = value - part({first.offset[0], second.offset[0]}, q);
+        if constexpr (kMix == Mix::kSharedRange)
+          distance = min(part({first.bound[0], second.bound[0]}, q), max(HalfVec{}, distance));
+        to.sums[0][q] = to.sums[0][q] + g;
+        for (int k = 0; k < this->size(); ++k) {
+          const HalfVec code = round_to_even(distance * part({first.inverse[k], second.inverse[k]}, q));
+          to.sums[1 + k][q] = multiply_add(g, code, to.sums[1 + k][q]);
+        }
+      });
+    } else {
+      const TwoVecs g = widen(load_bits(this->grad + i), this->grad), value = widen(load_bits(this->x + i), this->x);
+      const auto accumulate = [&](int n, Vec g, Vec value, const Params& p) QK_INLINED {
+        Vec sums[Base::kSums];
+        unrolled<Base::kSums>([&](int s) QK_INLINED { sums[s] = to.sums[s][n]; });
+        Base::accumulate(g, value, p, sums);
+        unrolled<Base::kSums>([&](int s) QK_INLINED { to.sums[s][n] = sums[s]; });
+      };
+      accumulate(0, g.first, value.first, first);
+      accumulate(1, g.second, value.second, second);
+    }
+  }
+  // In columns parts of Half would need more registers than there are.
+  void prefetch_pair(int64_t i) const
+    requires(!kByHalves)
+  {
+    prefetch_line(this->x + i);
+    prefetch_line(this->grad + i);
+  }
+  void finish(const Pairs& from, Vec (&sums)[2][Base::kSums + 1]) const {
+    for (int s = 0; s < Base::kSums; ++s) {
+      TwoVecs two;
+      if constexpr (kByHalves) {
+        two = joined(from.sums[s]);
+      } else {
+        two = in_order({from.sums[s][0], from.sums[s][1]}, this->x);
+      }
+      sums[0][s] = two.first;
+      sums[1][s] = two.second;
+    }
+  }
+};
+template <Mix kMix, int kCount, class T>
+using GradientOf = std::conditional_t<kInPairs<T> || (std::is_same_v<T, Half> && on_one_range(kMix)),
+                                      GradientOfPairs<kMix, kCount, T>, Backward<kMix, kCount, Ste::kIdentity, false, T>>;
+#else
+template <Mix kMix, int kCount, class T>
+using GradientOf = Backward<kMix, kCount, Ste::kIdentity, false, T>;
+#endif
 
 // The grids column by column, so that what is done for each channel at each call is done for many at a time.
 class GridColumns {
@@ -493,7 +573,7 @@ void attention_quantize_forward(const AttentionArgs& args) {
         if (Op::suits(args, walk)) return run(static_cast<Op*>(nullptr));
       }
 #endif
-      run(static_cast<Forward<kMix, kCount, T>*>(nullptr));
+      run(static_cast<ForwardOf<kMix, kCount, T>*>(nullptr));
     });
   });
 }
@@ -506,11 +586,11 @@ void attention_quantize_backward(const AttentionArgs& args) {
   const Ste most = *std::max_element(args.stes, args.stes + args.count);
   with_type(args.dtype, [&]<class T>(T*) {
     with_members(args, mix, [&]<Mix kMix, int kCount>() {
-      const auto run = [&]<Ste kSte, bool kStores = true>() {
-        using Op = Backward<kMix, kCount, kSte, kStores, T>;
+      const auto run_op = [&]<class Op>(Op*) {
         finish_backward(args, grids, traverse(args.layout, walk, table, Op(args, walk)), Op::kSize, Op::kRangeSums);
       };
-      if (!args.out) return run.template operator()<Ste::kIdentity, false>();
+      const auto run = [&]<Ste kSte>() { run_op(static_cast<Backward<kMix, kCount, kSte, true, T>*>(nullptr)); };
+      if (!args.out) return run_op(static_cast<GradientOf<kMix, kCount, T>*>(nullptr));
       if constexpr (kMix != Mix::kCovered) switch (most) {
           case Ste::kIdentity:
             return run.template operator()<Ste::kIdentity>();

@@ -9,16 +9,16 @@ namespace qk::cpu::QK_CPU_ISA {
 template <class T>
 inline constexpr bool kInPairs = false;
 
-#if defined(__AVX512F__)
-
-template <>
-inline constexpr bool kInPairs<BFloat16> = true;
-
 // The elements of two vectors. Of Half the first has the lower ones; of BFloat16 it has the even ones, so that one operation
 // widens a vector.
 struct TwoVecs {
   Vec first, second;
 };
+
+#if defined(__AVX512F__)
+
+template <>
+inline constexpr bool kInPairs<BFloat16> = true;
 
 inline __m512i load_bits(const void* p) { return _mm512_loadu_si512(p); }
 
@@ -30,30 +30,99 @@ inline TwoVecs widen(__m512i bits, const BFloat16*) {
           {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
 }
 
+inline __m256i narrow(Vec a, const Half*) { return to_half(a); }
+inline __m256i narrow(Vec a, const BFloat16*) { return to_bfloat16(a); }
+
 // 32 elements side by side, of which none is subnormal: the instruction would make those 0. Only where the processor has it
 // (rounds_to_bfloat16()). A NaN stays one.
 inline __m512i narrow_normal(Vec low, Vec high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }
+inline __m256i narrow_normal(Vec a) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)); }
 
-// widen() of the magnitudes of the elements at p, whose bits these are. To load those of Half again costs less than to take
-// a register apart.
-inline TwoVecs widen_magnitudes(__m512i, const Half* p) {
-  const auto widened = [](const Half* at) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-    return Vec{_mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16(0x7fff)))};
-  };
-  return {widened(p), widened(p + kLanes)};
-}
-inline TwoVecs widen_magnitudes(__m512i bits, const BFloat16* p) {
-  return widen(_mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)), p);
-}
-
-// What widen() gave, as the elements lie in memory.
+// What widen() gave, as the elements lie in memory, and the other way round.
 inline TwoVecs in_order(TwoVecs a, const Half*) { return a; }
 inline TwoVecs in_order(TwoVecs a, const BFloat16*) {
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
   return {{_mm512_permutex2var_ps(a.first.v, low, a.second.v)}, {_mm512_permutex2var_ps(a.first.v, high, a.second.v)}};
 }
+inline TwoVecs apart(TwoVecs a, const Half*) { return a; }
+inline TwoVecs apart(TwoVecs a, const BFloat16*) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  return {{_mm512_permutex2var_ps(a.first.v, even, a.second.v)}, {_mm512_permutex2var_ps(a.first.v, odd, a.second.v)}};
+}
+// 32 elements of which the even ones come first, as they lie in memory.
+inline __m512i interleaved(__m512i halves) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, halves);
+}
+
+// Sums of |x| and of x^2, 32 elements at a time, in the lanes that widen() gives them.
+template <class T>
+class MagnitudeSums;
+
+template <>
+class MagnitudeSums<BFloat16> {
+ public:
+  void add(__m512i bits, const BFloat16* p) {
+    const TwoVecs magnitude = widen(_mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)), p);
+    // One sum on the units that add, one on those that multiply.
+    magnitudes_ = {magnitudes_.first + magnitude.first, multiplier_add(magnitude.second, magnitudes_.second)};
+    squares_ = {multiply_add(magnitude.first, magnitude.first, squares_.first),
+                multiply_add(magnitude.second, magnitude.second, squares_.second)};
+  }
+  TwoVecs magnitudes() const { return magnitudes_; }
+  TwoVecs squares() const { return squares_; }
+
+ private:
+  TwoVecs magnitudes_{splat(0.0f), splat(0.0f)}, squares_{splat(0.0f), splat(0.0f)};
+};
+
+// Half of a Vec. `vcvtph2ps` to 16 elements takes units of two kinds on Zen processors, to 8 it takes one for half the time.
+struct HalfVec {
+  __m256 v;
+};
+inline constexpr int kHalfVecs = 4;  // in two Vecs
+
+inline HalfVec operator+(HalfVec a, HalfVec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline HalfVec operator-(HalfVec a, HalfVec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline HalfVec operator*(HalfVec a, HalfVec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline HalfVec min(HalfVec a, HalfVec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline HalfVec max(HalfVec a, HalfVec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline HalfVec abs(HalfVec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline HalfVec multiply_add(HalfVec a, HalfVec b, HalfVec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline HalfVec multiplier_add(HalfVec a, HalfVec b) { return {_mm256_fmadd_ps(a.v, _mm256_set1_ps(1.0f), b.v)}; }
+inline HalfVec round_to_even(HalfVec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+inline HalfVec load_half_vec(const Half* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline HalfVec part(TwoVecs a, int q) {
+  const __m512 whole = q < 2 ? a.first.v : a.second.v;
+  return {q % 2 == 0 ? _mm512_castps512_ps256(whole) : _mm512_extractf32x8_ps(whole, 1)};
+}
+inline TwoVecs joined(const HalfVec* parts) {
+  return {{_mm512_insertf32x8(_mm512_castps256_ps512(parts[0].v), parts[1].v, 1)},
+          {_mm512_insertf32x8(_mm512_castps256_ps512(parts[2].v), parts[3].v, 1)}};
+}
+
+template <>
+class MagnitudeSums<Half> {
+ public:
+  void add(__m512i, const Half* p) {
+    unrolled<kHalfVecs>([&](int q) QK_INLINED {
+      const HalfVec value = load_half_vec(p + 8 * q), magnitude = abs(value);
+      magnitudes_[q] = q == 3 ? magnitudes_[q] + magnitude : multiplier_add(magnitude, magnitudes_[q]);
+      squares_[q] = multiply_add(value, value, squares_[q]);
+    });
+  }
+  TwoVecs magnitudes() const { return joined(magnitudes_); }
+  TwoVecs squares() const { return joined(squares_); }
+
+ private:
+  HalfVec magnitudes_[kHalfVecs]{}, squares_[kHalfVecs]{};
+};
 
 #endif
 

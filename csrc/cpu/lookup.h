@@ -28,18 +28,11 @@ QK_INLINED inline __m512i look_up(const uint8_t* table, __m512i codes) {
                                 _mm512_permutex2var_epi8(part(2), codes, part(3)));
 }
 
-// 32 elements, of BFloat16 such that packing, which keeps to parts of 128 bits, leaves them in the order of memory.
+// 32 elements such that packing, which keeps to parts of 128 bits, leaves them in the order of memory.
 QK_INLINED inline TwoVecs load_to_pack(const BFloat16* p) {
   const __m512i bits = load_bits(p), zero = _mm512_setzero_si512();
   return {{_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, bits))},
           {_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, bits))}};
-}
-QK_INLINED inline TwoVecs load_to_pack(const Half* p) { return {load(p), load(p + kLanes)}; }
-
-// What packing made of load_to_pack(), in the order of memory.
-QK_INLINED inline __m512i in_order(__m512i packed, const BFloat16*) { return packed; }
-QK_INLINED inline __m512i in_order(__m512i packed, const Half*) {
-  return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), packed);
 }
 
 // The elements of a half type next below those nearest to v, those nearest, and those next above.

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "core/args.h"
 
@@ -25,6 +26,13 @@
 #define QK_INLINED __attribute__((always_inline))
 
 namespace qk::cpu::QK_CPU_ISA {
+
+// f(0), ..., f(kCount - 1), unrolled: an accumulator array indexed by a loop variable would live in memory.
+template <int kCount, class F>
+QK_INLINED inline void unrolled(const F& f) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>)
+      QK_INLINED { (f(kIndex), ...); }(std::make_integer_sequence<int, kCount>{});
+}
 
 struct Half {
   uint16_t bits;

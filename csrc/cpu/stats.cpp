@@ -40,7 +40,7 @@ template <class T, bool kAdds>
 struct ChannelStatsOfHalves : ChannelStats<T> {
   struct Pairs {
     __m512i largest_signed = _mm512_set1_epi16(-0x8000), largest = _mm512_setzero_si512(), least = _mm512_set1_epi16(-1);
-    TwoVecs magnitudes{splat(0.0f), splat(0.0f)}, squares{splat(0.0f), splat(0.0f)};
+    MagnitudeSums<T> sums;
 
     __mmask32 some_negative() const { return _mm512_movepi16_mask(largest); }
     __mmask32 all_negative() const { return _mm512_movepi16_mask(largest_signed); }
@@ -48,25 +48,23 @@ struct ChannelStatsOfHalves : ChannelStats<T> {
   };
 
   template <bool kSettled>
-  void add(int64_t i, Pairs& to) const {
+  void add(int64_t i, NoParams, NoParams, Pairs& to) const {
     const __m512i bits = load_bits(this->x + i);
     to.largest_signed = _mm512_max_epi16(to.largest_signed, bits);
     to.largest = _mm512_max_epu16(to.largest, bits);
     if constexpr (!kSettled) to.least = _mm512_min_epu16(to.least, bits);
     if constexpr (!kAdds) return;
-    const TwoVecs magnitude = widen_magnitudes(bits, this->x + i);
-    // One sum on the units that add, one on those that multiply.
-    to.magnitudes = {to.magnitudes.first + magnitude.first, multiplier_add(magnitude.second, to.magnitudes.second)};
-    to.squares = {multiply_add(magnitude.first, magnitude.first, to.squares.first),
-                  multiply_add(magnitude.second, magnitude.second, to.squares.second)};
+    to.sums.add(bits, this->x + i);
   }
+
+  void prefetch_pair(int64_t i) const { prefetch_line(this->x + i); }
 
   void finish(const Pairs& from, Vec (&sums)[2][ChannelStats<T>::kSums + 1]) const {
     const TwoVecs parts[] = {
         widen(_mm512_mask_blend_epi16(from.some_negative(), from.least, from.largest), this->x),
         widen(_mm512_mask_blend_epi16(from.all_negative(), from.largest_signed, from.least), this->x),
-        from.magnitudes,
-        from.squares,
+        from.sums.magnitudes(),
+        from.sums.squares(),
     };
     for (int s = 0; s < ChannelStats<T>::kSums; ++s) {
       const TwoVecs part = in_order(parts[s], this->x);

@@ -10,15 +10,15 @@
 //   static constexpr Combine combine(int s)        optional; without it every accumulator is a sum
 //   Params params(field)                           field(f) gives column f of the ChannelTable for the lanes at hand
 //   void operator()(int64_t i, Lanes, const Params&, Vec* sums)      elements [i, i + lanes): Whole{} or First{n}
-// It may also take two vectors at a time; where there are accumulators, in runs alone:
-//   void pair(int64_t i, const Params& low, const Params& high)     elements [i, i + 2 * kLanes); kSums is 0
-//   void pair(int64_t i, const Params&, Vec* sums, Vec* more_sums)
-// or as many as it likes, where kSums is 0:
+// It may also take two vectors at a time, where kSums is 0:
+//   void pair(int64_t i, const Params& low, const Params& high)     elements [i, i + 2 * kLanes)
+// or as many as it likes, in runs:
 //   int64_t run(int64_t i, int64_t end, const Params&)              elements [i, r); returns r <= end
-// or, in runs and columns, with accumulators of a form of its own that begin empty:
-//   struct Pairs { bool settled() const; }         settled: from here on, less work will do
-//   template <bool kSettled> void add(int64_t i, Pairs&) const      elements [i, i + 2 * kLanes)
+// or, of half types, two vectors in the order of TwoVecs, with accumulators of a form of its own that begin empty:
+//   struct Pairs { bool settled() const; }         optional; settled: from here on, less work will do
+//   template <bool kSettled> void add(int64_t i, const Params& first, const Params& second, Pairs&) const
 //   void finish(const Pairs&, Vec (&sums)[2][kSums + 1]) const      of at least one add: as operator() would have them
+//   void prefetch_pair(int64_t i) const            elements [i, i + 2 * kLanes): in columns, too; without it in runs alone
 // In columns it may take the elements of several rows before it stores results, as the processor holds back a load from an
 // address whose low 12 bits are those of a store shortly before:
 //   auto read(int64_t i, Lanes)                    what operator() loads of elements [i, i + lanes)
@@ -50,7 +50,8 @@ inline constexpr int64_t kShortRun = 4;           // this length is better off w
 inline constexpr int64_t kPiece = 1 << 14;        // elements a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kShortRow = 256;         // columns: elements of a row that is repeated until it has as many
 inline constexpr int64_t kAskedRows = 28;         // columns: rows that are walked while as many are asked for
-inline constexpr int64_t kStripRows = 128;        // columns: rows whose accumulators stay in registers, for ops of pairs
+inline constexpr int64_t kStripRows = 128;        // columns: rows whose accumulators stay in registers, for ops of pairs,
+inline constexpr int kRowsAhead = 8;              // and how far ahead they are asked for
 inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they are asked whether they are settled
 inline constexpr int64_t kMaxBlocks = 16;         // column blocks of a reduction, each with partial sums of its own
 inline constexpr int64_t kMaxBlockRows = 4096;    // so that a float32 partial sum stays accurate
@@ -102,6 +103,10 @@ struct Results {
         rounds_pairs(kInPairs<T> && no_subnormals && rounds_to_bfloat16()) {}
 
   void put(int64_t i, Vec v, Whole) const {
+#if defined(__AVX512F__)
+    if constexpr (kInPairs<T>)
+      if (rounds_pairs) return put_half(i, narrow_normal(v));
+#endif
     if (streams) {
       stream(data + i, v);
     } else {
@@ -109,15 +114,33 @@ struct Results {
     }
   }
   void put(int64_t i, Vec v, First lanes) const { store(data + i, v, lanes); }
+#if defined(__AVX512F__)
+  // Two vectors of elements of BFloat16 in the order of TwoVecs.
+  void put_two(int64_t i, TwoVecs two) const {
+    if (rounds_pairs) return put_bits(i, interleaved(narrow_normal(two.first, two.second)));
+    const __m512i even = _mm512_srli_epi32(round_to_bfloat16(two.first), 16);
+    put_bits(i, _mm512_mask_blend_epi16(0xaaaaaaaa, even, round_to_bfloat16(two.second)));
+  }
+#endif
   // Two vectors side by side.
   void put_pair(int64_t i, Vec low, Vec high) const {
 #if defined(__AVX512F__)
-    if (rounds_pairs) return put_bits(i, narrow_normal(low, high));
+    if constexpr (!std::is_same_v<T, float>) return put_bits(i, narrow_pair(low, high));
 #endif
     put(i, low, Whole{});
     put(i + kLanes, high, Whole{});
   }
 #if defined(__AVX512F__)
+  // Elements of a half type.
+  __m512i narrow_pair(Vec low, Vec high) const {
+    if constexpr (kInPairs<T>)
+      if (rounds_pairs) return narrow_normal(low, high);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low, data)), narrow(high, data), 1);
+  }
+  void put_half(int64_t i, __m256i bits) const {
+    const auto to = reinterpret_cast<__m256i*>(data + i);
+    streams ? _mm256_stream_si256(to, bits) : _mm256_storeu_si256(to, bits);
+  }
   void put_bits(int64_t i, __m512i bits) const {
     if (streams) {  // which asks for no more alignment than a vector of T has
       _mm256_stream_si256(reinterpret_cast<__m256i*>(data + i), _mm512_castsi512_si256(bits));
@@ -175,11 +198,10 @@ class ChannelTable {
   Buffer<float> values_;  // aligned: a load that crosses cache lines costs two
 };
 
-// f(0), ..., f(kCount - 1), unrolled: an accumulator array indexed by a loop variable would live in memory.
-template <int kCount, class F>
-QK_INLINED inline void unrolled(const F& f) {
-  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>)
-      QK_INLINED { (f(kIndex), ...); }(std::make_integer_sequence<int, kCount>{});
+// Asks for the cache line of p. It may lie past the end of the tensor.
+template <class T>
+QK_INLINED inline void prefetch_line(const T* p) {
+  __builtin_prefetch(p, 0, 3);
 }
 
 // Asks for a vector of elements to come as near as the second-level cache. They may lie past the end of the tensor.
@@ -240,19 +262,37 @@ constexpr int unroll_of() {
 template <class Op>
 concept TakesPairs = requires { typename Op::Pairs; };
 
-// `count` steps from i on: each adds kPairs pairs of vectors that lie side by side.
-template <int kPairs, class Op>
-inline void run_pairs(const Op& op, int64_t i, int64_t stride, int64_t count, typename Op::Pairs* pairs) {
+// `count` steps from i on: each adds kPairs pairs of vectors that lie side by side. kAhead: steps that are asked for ahead.
+template <int kPairs, int kAhead, class Op, class Params>
+inline void run_pairs(const Op& op, const Params (&params)[kPairs][2], int64_t i, int64_t stride, int64_t count,
+                      typename Op::Pairs* pairs) {
   const auto run = [&]<bool kSettled>(int64_t steps) {
     for (; steps > 0; --steps, i += stride)
-#pragma GCC unroll 4
-      for (int p = 0; p < kPairs; ++p) op.template add<kSettled>(i + p * 2 * kLanes, pairs[p]);
+      unrolled<kPairs>([&](int p) QK_INLINED {
+        if constexpr (kAhead > 0) op.prefetch_pair(i + p * 2 * kLanes + kAhead * stride);
+        op.template add<kSettled>(i + p * 2 * kLanes, params[p][0], params[p][1], pairs[p]);
+      });
   };
-  const int64_t first = std::min(count, kUnsettledSteps);
-  run.template operator()<false>(first);
-  bool settled = true;
-  for (int p = 0; p < kPairs; ++p) settled = settled && pairs[p].settled();
-  settled ? run.template operator()<true>(count - first) : run.template operator()<false>(count - first);
+  if constexpr (requires { pairs->settled(); }) {
+    const int64_t first = std::min(count, kUnsettledSteps);
+    run.template operator()<false>(first);
+    count -= first;
+    bool settled = true;
+    for (int p = 0; p < kPairs; ++p) settled = settled && pairs[p].settled();
+    if (settled) return run.template operator()<true>(count);
+  }
+  run.template operator()<false>(count);
+}
+
+// Adds what the pairs have to the sums of two vectors, which may be the same.
+template <class Op>
+inline void merge_pairs(const Op& op, const typename Op::Pairs& pairs, Vec* low, Vec* high) {
+  if constexpr (Op::kSums > 0) {
+    Vec both[2][Op::kSums + 1];
+    op.finish(pairs, both);
+    merge_sums<Op>(low, both[0]);
+    merge_sums<Op>(high, both[1]);
+  }
 }
 
 // partial: [kSums]
@@ -262,24 +302,20 @@ inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t
   const Op op = shared;  // vector stores may alias whatever a reference leads to: it would be loaded anew after each
   Vec sums[kUnroll][Op::kSums + 1];
   for (auto& set : sums) reset_sums<Op>(set);
+  if constexpr (requires { op.run(i, end, params); }) i = op.run(i, end, params);
   if constexpr (TakesPairs<Op>) {
     if (const int64_t count = (end - i) / (2 * kLanes); count > 0) {
       typename Op::Pairs pairs;
-      Vec both[2][Op::kSums + 1];
-      run_pairs<1>(op, i, 2 * kLanes, count, &pairs);
-      op.finish(pairs, both);
-      for (const Vec* half : both) merge_sums<Op>(sums[0], half);
+      const Params both[1][2] = {{params, params}};
+      run_pairs<1, 0>(op, both, i, 2 * kLanes, count, &pairs);
+      merge_pairs(op, pairs, sums[0], sums[0]);
       i += count * 2 * kLanes;
     }
   }
-  if constexpr (requires { op.run(i, end, params); }) i = op.run(i, end, params);
   for (; i + kUnroll * kLanes <= end; i += kUnroll * kLanes)
     if constexpr (requires { op.pair(i, params, params); }) {
 #pragma GCC unroll 2
       for (int u = 0; u < kUnroll; u += 2) op.pair(i + u * kLanes, params, params);
-    } else if constexpr (kUnroll % 2 == 0 && requires { op.pair(i, params, sums[0], sums[0]); }) {
-#pragma GCC unroll 2
-      for (int u = 0; u < kUnroll; u += 2) op.pair(i + u * kLanes, params, sums[u], sums[u + 1]);
     } else {
       for (int u = 0; u < kUnroll; ++u) op(i + u * kLanes, Whole{}, params, sums[u]);
     }
@@ -492,35 +528,52 @@ inline void run_all_rows(const Layout& layout, const Walk& walk, const ChannelTa
   while (row < last_row) row = run_rows<1, false>(layout, walk, table, op, row, last_row, partial);
 }
 
-// kPairs pairs of vectors of columns, of an op that takes pairs: it has too many accumulators to load and store them every
-// few rows.
-template <int kPairs, class Op>
-inline void run_strip_of_pairs(const Walk& walk, const Op& shared, int64_t row, int64_t last_row, int64_t column,
-                               ColumnSums<Op> partial) {
-  const Op op = shared;  // as in run_piece
-  typename Op::Pairs pairs[kPairs];
-  run_pairs<kPairs>(op, row * walk.period + column, walk.period, last_row - row, pairs);
-#pragma GCC unroll 4
-  for (int p = 0; p < kPairs; ++p) {
-    Vec both[2][Op::kSums + 1], sums[Op::kSums + 1];
-    op.finish(pairs[p], both);
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = column + (2 * p + half) * kLanes;
-      partial.load_from(at, sums);
-      merge_sums<Op>(sums, both[half]);
-      partial.store_to(at, sums);
-    }
-  }
+// Parameters of two vectors of columns, in the order of TwoVecs.
+template <class Op>
+inline auto params_of_pair(const ChannelTable& table, const Op& op, int64_t column, bool second) {
+  return op.params([&](int field) QK_INLINED {
+    const TwoVecs two = apart({table.of_columns(field, column), table.of_columns(field, column + kLanes)}, op.x);
+    return second ? two.second : two.first;
+  });
 }
 
+// A strip of kPairs pairs of vectors of columns, whose parameters and accumulators stay in registers. Each row of it is a
+// cache line or two, far from those of the next row, so they are asked for ahead.
+template <int kPairs, class Op>
+inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row, int64_t last_row,
+                               int64_t column, ColumnSums<Op> partial) {
+  const Op op = shared;  // as in run_piece
+  typename Op::Pairs pairs[kPairs];
+  decltype(params_of_pair(table, op, column, false)) params[kPairs][2];
+  unrolled<kPairs>([&](int p) QK_INLINED {
+    for (int second = 0; second < 2; ++second)
+      params[p][second] = params_of_pair(table, op, column + 2 * p * kLanes, second);
+  });
+  run_pairs<kPairs, kRowsAhead>(op, params, row * walk.period + column, walk.period, last_row - row, pairs);
+  if constexpr (Op::kSums > 0)
+    unrolled<kPairs>([&](int p) QK_INLINED {
+      const int64_t low = column + 2 * p * kLanes, high = low + kLanes;
+      Vec sums[2][Op::kSums + 1];
+      partial.load_from(low, sums[0]);
+      partial.load_from(high, sums[1]);
+      merge_pairs(op, pairs[p], sums[0], sums[1]);
+      partial.store_to(low, sums[0]);
+      partial.store_to(high, sums[1]);
+    });
+}
+
+// Of an op that takes pairs.
 template <class Op>
 inline void run_strips_of_pairs(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
                                 int64_t last_row, ColumnSums<Op> partial) {
-  constexpr int kPairs = 2, kWidth = kPairs * 2 * kLanes;
+  using Params = decltype(params_of_pair(table, op, 0, false));
+  constexpr bool kFit = 2 * (sizeof(typename Op::Pairs) + 2 * sizeof(Params)) <= kRegisters * sizeof(Vec) / 2;
+  constexpr int kPairs = kFit ? 2 : 1, kWidth = kPairs * 2 * kLanes;
   for (int64_t end; row < last_row; row = end) {
     end = std::min(row + kStripRows, last_row);
     int64_t column = 0;
-    for (; column + kWidth <= walk.period; column += kWidth) run_strip_of_pairs<kPairs>(walk, op, row, end, column, partial);
+    for (; column + kWidth <= walk.period; column += kWidth)
+      run_strip_of_pairs<kPairs>(walk, table, op, row, end, column, partial);
     run_columns(layout, walk, table, op, row, 1, end - row, column, partial);
   }
 }
@@ -534,7 +587,7 @@ inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable
     for (int64_t column = 0; column < walk.period; column += kLanes) partial.store_to(column, empty);
   }
   const int64_t whole_rows = layout.numel() / walk.period, end = std::min(last_row, whole_rows);
-  if constexpr (TakesPairs<Op>) {
+  if constexpr (requires { op.prefetch_pair(row); }) {
     run_strips_of_pairs(layout, walk, table, op, row, end, partial);
   } else if constexpr (kUnrollsRows<Op> && requires { op.prefetch(row); }) {
     const bool asks = layout.numel() * static_cast<int64_t>(sizeof(*op.x)) >= kStreamBytes;

@@ -120,6 +120,29 @@ def test_long_runs_of_half_types(backend, dtype, axis):
     assert_bit_equal(q, reference.attention_quantize(*on_cpu(x, attention, grids), [0] * 3, levels, [0] * 3, axis))
 
 
+@pytest.mark.parametrize("spread", [0, 126], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [64, 80, 101], ids=str)
+def test_channels_side_by_side(backend, channels, dtype, spread):
+    """Whole strips of channels and what is left of a row, of one magnitude and of all that the type has."""
+    random = torch.Generator().manual_seed(channels)
+    x = torch.randn(150, channels, generator=random) * 2.0 ** torch.linspace(-spread, spread / 2, channels)
+    x[:, 3], x[40, 4], x[41, 5] = 0.5, INF if spread else 2.0, float("nan") if spread else 2.0
+    x, grad = x.to(dtype).to(backend.device), torch.randn(x.shape, generator=random).to(dtype).to(backend.device)
+    attention, levels, zeros = torch.tensor([0.2, 0.3, 0.5], device=x.device), [3, 15, 255], [0] * 3
+    grids = backend.ops.minmax_grids(x, levels, 1)
+    for covered in (False, True):
+        options = grids, zeros, levels
+        q = backend.ops.attention_quantize(x, attention, *options, zeros, 1, True, covered)
+        along = backend.ops.attention_gradient(grad, x, attention, *options, 1, covered)
+        quantized = [t.cpu() for t in (x, attention, grids)]
+        assert_bit_equal(q, reference.attention_quantize(*quantized, zeros, levels, zeros, 1))
+        expected = reference.attention_quantize_backward(grad.cpu(), *quantized, zeros, levels, zeros, 1)[1]
+        if not spread:
+            bound = (grad.cpu().float().abs() * x.cpu().float().abs().amax(0)).sum().expand(3)
+            assert_sums_close(along, expected, bound, x.numel())
+
+
 @pytest.mark.parametrize("offset, step", [(0, -99), (-99, -99), (-101, -99), (0, -101), (-126, -127), (-140, -133)])
 def test_small_bfloat16_mixtures(backend, offset, step):
     """Steps and offsets as powers of two: results are subnormal, next to that, or far from it."""
