@@ -14,11 +14,19 @@ template <class T>
 struct ChannelStats {
   static constexpr int kSums = 4;  // min, max, sum |x|, sum x^2
   static constexpr Combine combine(int s) { return s == 0 ? Combine::kMin : s == 1 ? Combine::kMax : Combine::kSum; }
-  const T* x;
+  const StatsArgs& args;
+  const T* x = static_cast<const T*>(args.x);
 
   template <class Field>
   NoParams params(Field) const {
     return {};
+  }
+
+  void finish_channel(int64_t channel, const float* totals) const {
+    // The minima and maxima of vectors pass over NaN; sum |x| is NaN exactly where there is one.
+    const bool nan = std::isnan(totals[2]);
+    const float stats[kSums] = {nan ? totals[2] : totals[0], nan ? totals[2] : totals[1], totals[2], totals[3]};
+    finish_stats(args, channel, stats);
   }
 
   template <class Lanes>
@@ -142,20 +150,9 @@ struct RangeErrors {
 void channel_stats(const StatsArgs& args) {
   const Walk walk = walk_of(args.layout);
   const ChannelTable table(args.layout, walk, 0, [](const auto&) {});
-  const int64_t channels = args.layout.channels;
   with_type(args.dtype, [&]<class T>(T*) {
-    const auto run = [&]<bool kAdds>() {
-      return traverse(args.layout, walk, table, ChannelStatsOfHalves<T, kAdds>{{static_cast<const T*>(args.x)}});
-    };
-    const std::vector<double> totals = args.stats ? run.template operator()<true>() : run.template operator()<false>();
-    for (int64_t c = 0; c < channels; ++c) {
-      // The minima and maxima of vectors pass over NaN; sum |x| is NaN exactly where there is one.
-      const bool nan = std::isnan(totals[2 * channels + c]);
-      float stats[4];
-      for (int s = 0; s < 4; ++s)
-        stats[s] = static_cast<float>(nan && s < 2 ? totals[2 * channels + c] : totals[s * channels + c]);
-      finish_stats(args, c, stats);
-    }
+    const auto run = [&]<bool kAdds>() { traverse(args.layout, walk, table, ChannelStatsOfHalves<T, kAdds>{{args}}); };
+    args.stats ? run.template operator()<true>() : run.template operator()<false>();
   });
 }
 

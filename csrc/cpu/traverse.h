@@ -19,6 +19,8 @@
 //   template <bool kSettled> void add(int64_t i, const Params& first, const Params& second, Pairs&) const
 //   void finish(const Pairs&, Vec (&sums)[2][kSums + 1]) const      of at least one add: as operator() would have them
 //   void prefetch_pair(int64_t i) const            elements [i, i + 2 * kLanes): in columns, too; without it in runs alone
+// It may take the totals of its channels itself, in whatever thread has them first:
+//   void finish_channel(int64_t channel, const float* totals) const      [kSums]
 // In columns it may take the elements of several rows before it stores results, as the processor holds back a load from an
 // address whose low 12 bits are those of a store shortly before:
 //   auto read(int64_t i, Lanes)                    what operator() loads of elements [i, i + lanes)
@@ -50,7 +52,7 @@ inline constexpr int64_t kShortRun = 4;           // this length is better off w
 inline constexpr int64_t kPiece = 1 << 14;        // elements a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kShortRow = 256;         // columns: elements of a row that is repeated until it has as many
 inline constexpr int64_t kAskedRows = 28;         // columns: rows that are walked while as many are asked for
-inline constexpr int64_t kStripRows = 128;        // columns: rows whose accumulators stay in registers, for ops of pairs,
+inline constexpr int64_t kStripRows = 256;        // columns: rows whose accumulators stay in registers, for ops of pairs,
 inline constexpr int kRowsAhead = 8;              // and how far ahead they are asked for
 inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they are asked whether they are settled
 inline constexpr int64_t kMaxBlocks = 16;         // column blocks of a reduction, each with partial sums of its own
@@ -331,11 +333,16 @@ void traverse_runs(const Layout& layout, const Walk& walk, const ChannelTable& t
   const int64_t units = walk.rows * walk.pieces;
   std::vector<float> partial(units * Op::kSums);
   parallel_for(units, std::max<int64_t>(1, kPiece / walk.piece), [&](int64_t begin, int64_t end) {
+    // Counted along: divisions would hold up the loads of the next run.
+    int64_t row = begin / walk.pieces, piece = begin % walk.pieces, channel = row % layout.channels;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t row = unit / walk.pieces, start = unit % walk.pieces * walk.piece;
-      const auto params = op.params([&](int field) { return table.of_channel(field, row % layout.channels); });
-      const int64_t i = row * layout.inner + start;
+      const int64_t start = piece * walk.piece, i = row * layout.inner + start;
+      const auto params = op.params([&](int field) { return table.of_channel(field, channel); });
       run_piece(op, params, i, i + std::min(walk.piece, layout.inner - start), partial.data() + unit * Op::kSums);
+      if (++piece < walk.pieces) continue;
+      piece = 0;
+      ++row;
+      if (++channel == layout.channels) channel = 0;
     }
     finish_streams();
   });
@@ -349,6 +356,22 @@ void traverse_runs(const Layout& layout, const Walk& walk, const ChannelTable& t
             total = merge(combine_of<Op>(s), total, from[s]);
           });
   }
+}
+
+// Where a channel is one piece: its totals go no further than the thread that added them up.
+template <class Op>
+void traverse_channels(const Layout& layout, const ChannelTable& table, const Op& op) {
+  const Buffer<float> totals(layout.channels * Op::kSums);
+  parallel_for(layout.channels, std::max<int64_t>(1, kPiece / layout.inner), [&](int64_t begin, int64_t end) {
+    for (int64_t channel = begin; channel < end; ++channel) {
+      const auto params = op.params([&](int field) { return table.of_channel(field, channel); });
+      const int64_t i = channel * layout.inner;
+      run_piece(op, params, i, i + layout.inner, totals.data() + channel * Op::kSums);
+    }
+    // Later: what has just been stored by the number cannot be loaded by the vector.
+    for (int64_t channel = begin; channel < end; ++channel)
+      op.finish_channel(channel, totals.data() + channel * Op::kSums);
+  });
 }
 
 // The accumulators of the columns: kSums vectors for each vector of columns, side by side as a strip loads and stores them.
@@ -619,9 +642,15 @@ void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable
   }
 }
 
-// Runs op over the tensor. Returns its accumulators, [kSums][channels].
+// Runs op over the tensor. Returns its accumulators, [kSums][channels], unless it took them itself.
 template <class Op>
 std::vector<double> traverse(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op) {
+  constexpr bool kFinishes = requires(const float* of_one) { op.finish_channel(0, of_one); };
+  if constexpr (kFinishes)
+    if (!walk.by_columns && walk.pieces == 1 && layout.outer == 1) {
+      traverse_channels(layout, table, op);
+      return {};
+    }
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   std::vector<double> totals(Op::kSums * layout.channels);
   for (int s = 0; s < Op::kSums; ++s)
@@ -629,6 +658,12 @@ std::vector<double> traverse(const Layout& layout, const Walk& walk, const Chann
       std::fill_n(&totals[s * layout.channels], layout.channels,
                   combine_of<Op>(s) == Combine::kMin ? kInfinity : -kInfinity);
   (walk.by_columns ? traverse_columns<Op> : traverse_runs<Op>)(layout, walk, table, op, totals.data());
+  if constexpr (kFinishes)
+    for (int64_t c = 0; c < layout.channels; ++c) {
+      float of_one[Op::kSums];
+      for (int s = 0; s < Op::kSums; ++s) of_one[s] = static_cast<float>(totals[s * layout.channels + c]);
+      op.finish_channel(c, of_one);
+    }
   return totals;
 }
 
