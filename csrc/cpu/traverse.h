@@ -264,6 +264,9 @@ constexpr int unroll_of() {
 template <class Op>
 concept TakesPairs = requires { typename Op::Pairs; };
 
+template <class Op>
+inline constexpr bool kFinishes = requires(const Op& op, const float* totals) { op.finish_channel(0, totals); };
+
 // `count` steps from i on: each adds kPairs pairs of vectors that lie side by side. kAhead: steps that are asked for ahead.
 template <int kPairs, int kAhead, class Op, class Params>
 inline void run_pairs(const Op& op, const Params (&params)[kPairs][2], int64_t i, int64_t stride, int64_t count,
@@ -369,8 +372,7 @@ void traverse_channels(const Layout& layout, const ChannelTable& table, const Op
       run_piece(op, params, i, i + layout.inner, totals.data() + channel * Op::kSums);
     }
     // Later: what has just been stored by the number cannot be loaded by the vector.
-    for (int64_t channel = begin; channel < end; ++channel)
-      op.finish_channel(channel, totals.data() + channel * Op::kSums);
+    for (int64_t channel = begin; channel < end; ++channel) op.finish_channel(channel, totals.data() + channel * Op::kSums);
   });
 }
 
@@ -458,6 +460,16 @@ inline void combine_columns(const Layout& layout, const Walk& walk, ColumnSums<O
       for (int64_t i = 0; i < count; ++i) total[i] = merge(combine_of<Op>(s), total[i], from[i]);
     }
   });
+}
+
+// Where every column is a channel, of an op that takes their totals.
+template <class Op>
+inline void finish_columns(const Layout& layout, const Op& op, ColumnSums<Op> sums) {
+  for (int64_t channel = 0; channel < layout.channels; ++channel) {
+    float totals[Op::kSums];
+    unrolled<Op::kSums>([&](int s) QK_INLINED { totals[s] = *sums.at(channel, s); });
+    op.finish_channel(channel, totals);
+  }
 }
 
 // The columns from `first_column` on, whatever their number, of `count` rows `apart` from one another, which need not be
@@ -638,6 +650,8 @@ void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable
       }
       finish_streams();
     });
+    if constexpr (kFinishes<Op>)
+      if (totals == nullptr) return finish_columns(layout, op, sums.of(0));
     combine_columns<Op>(layout, walk, sums.of(0), totals);
   }
 }
@@ -645,12 +659,16 @@ void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable
 // Runs op over the tensor. Returns its accumulators, [kSums][channels], unless it took them itself.
 template <class Op>
 std::vector<double> traverse(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op) {
-  constexpr bool kFinishes = requires(const float* of_one) { op.finish_channel(0, of_one); };
-  if constexpr (kFinishes)
+  if constexpr (kFinishes<Op>) {
+    if (walk.by_columns && walk.period == layout.channels) {
+      traverse_columns(layout, walk, table, op, nullptr);
+      return {};
+    }
     if (!walk.by_columns && walk.pieces == 1 && layout.outer == 1) {
       traverse_channels(layout, table, op);
       return {};
     }
+  }
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   std::vector<double> totals(Op::kSums * layout.channels);
   for (int s = 0; s < Op::kSums; ++s)
@@ -658,7 +676,7 @@ std::vector<double> traverse(const Layout& layout, const Walk& walk, const Chann
       std::fill_n(&totals[s * layout.channels], layout.channels,
                   combine_of<Op>(s) == Combine::kMin ? kInfinity : -kInfinity);
   (walk.by_columns ? traverse_columns<Op> : traverse_runs<Op>)(layout, walk, table, op, totals.data());
-  if constexpr (kFinishes)
+  if constexpr (kFinishes<Op>)
     for (int64_t c = 0; c < layout.channels; ++c) {
       float of_one[Op::kSums];
       for (int s = 0; s < Op::kSums; ++s) of_one[s] = static_cast<float>(totals[s * layout.channels + c]);
