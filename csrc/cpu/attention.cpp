@@ -164,7 +164,10 @@ struct ForwardOfPairs : Forward<kMix, kCount, BFloat16> {
     const TwoVecs value = widen(load_bits(this->x + i), this->x);
     this->out.put_two(i, {this->mixture(value.first, first), this->mixture(value.second, second)});
   }
-  void prefetch_pair(int64_t i) const { prefetch_line(this->x + i); }
+  template <Reach kReach>
+  void prefetch_pair(int64_t i) const {
+    prefetch_line<kReach>(this->x + i);
+  }
 };
 template <Mix kMix, int kCount, class T>
 using ForwardOf = std::conditional_t<kInPairs<T>, ForwardOfPairs<kMix, kCount>, Forward<kMix, kCount, T>>;
@@ -188,13 +191,20 @@ struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
       if (levels_[k] > levels_[finest_]) finest_ = k;
     }
     for (int k = 0; k < this->size(); ++k) ratio_[k] = splat(levels_[k] / levels_[finest_]);
+    // A member changes its code where the leader changes its own: at every such place, or at every third, fifth and so on.
+    for (int k = 0; k < this->size(); ++k) {
+      leader_[k] = k;
+      for (int other = 0; other < this->size(); ++other)
+        if (other != finest_ && levels_[other] > levels_[leader_[k]] && odd_multiple(args.levels[other], args.levels[k]))
+          leader_[k] = other;
+    }
   }
 
   static bool suits(const AttentionArgs& args, const Walk& walk) {
     const int64_t* const end = args.levels + args.count;
     const int64_t most = *std::max_element(args.levels, end);
     return !walk.by_columns && args.layout.inner >= kShortest &&
-           std::all_of(args.levels, end, [&](int64_t n) { return n == most || most % (2 * n) == n; });
+           std::all_of(args.levels, end, [&](int64_t n) { return odd_multiple(most, n); });
   }
 
   template <class Field>
@@ -202,7 +212,8 @@ struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
     Params p;
     static_cast<typename Base::Params&>(p) = Base::params(field);
     p.usable = true;
-    for (int k = 0; k < this->size(); ++k) p.usable = p.usable && follows(k, p);
+    for (int k = 0; k < this->size(); ++k)
+      if (k != finest_ && leader_[k] == k) p.usable = p.usable && follow(k, p);
     if (p.usable) fill(p);
     return p;
   }
@@ -214,6 +225,8 @@ struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
   }
 
  private:
+  static bool odd_multiple(int64_t levels, int64_t of) { return levels % (2 * of) == of; }
+
   template <int kExceptions>
   int64_t look_up_all(int64_t i, int64_t end, const Params& p) const {
     const auto put = [&](int64_t at, __m512i results) {
@@ -252,37 +265,47 @@ struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
   // Never half-way between two codes, for the ratio is 1 to an odd number.
   Vec following(int k, Vec finest) const { return round_to_even(finest * ratio_[k]); }
 
-  // Whether the codes of member k follow for all numbers of the half type but a few.
-  bool follows(int k, Params& p) const {
+  // Whether the codes of this member and of those that it leads follow for all numbers of the half type but a few.
+  bool follow(int leader, Params& p) const {
     const auto code = [&](int member, Vec x) { return this->code(member, x, Base::shared(x, p), p); };
+    const Vec half = splat(0.5f), inverse = Vec{_mm512_div_ps(splat(1.0f).v, p.inverse[leader].v)};
     bool all = true;
-    for (float first = 1; first <= levels_[k] && k != finest_; first += kLanes) {
-      const Vec codes = min(splat(levels_[k]), count_from(first));
-      const Vec boundary = p.offset[0] + Vec{_mm512_div_ps((codes - splat(0.5f)).v, p.inverse[k].v)};
-      all = all && rise_together<T>(
-                       codes, boundary, [&](Vec x) { return code(k, x); },
-                       [&](Vec x) { return following(k, code(finest_, x)); }, p.exceptions);
+    for (float first = 1; first <= levels_[leader]; first += kLanes) {
+      const Vec place = min(splat(levels_[leader]), count_from(first)) - half;
+      const Neighbours<T> near(p.offset[0] + place * inverse);
+      for (int k = 0; k < this->size(); ++k) {
+        if (leader_[k] != leader || k == finest_) continue;
+        // This member's code above that place, where it changes there.
+        const Vec own = place * splat(levels_[k] / levels_[leader]) + half, codes = round_to_even(own);
+        const Mask changes = less(abs(own - codes), splat(0.5f / kMostLevels));
+        all = all && rise_together<T>(
+                         changes, codes, near, [&](Vec x) { return code(k, x); },
+                         [&](Vec x) { return following(k, code(finest_, x)); }, p.exceptions);
+      }
     }
     return all;
   }
 
-  Vec mixture_at(Vec finest, const Params& p) const {
-    Vec q = p.base;
-    for (int k = 0; k < this->size(); ++k) q = q + p.weight[k] * (k == finest_ ? finest : following(k, finest));
-    return q;
-  }
-
   void fill(Params& p) const {
-    for (int first = 0; first <= levels_[finest_]; first += 2 * kLanes) {
+    const auto mixtures = [&](int first) QK_INLINED {
+      const auto mixture = [&](Vec finest) QK_INLINED {
+        Vec q = p.base;
+        for (int k = 0; k < this->size(); ++k) q = q + p.weight[k] * (k == finest_ ? finest : following(k, finest));
+        return q;
+      };
       const float code = static_cast<float>(first);
-      p.table.set(first, this->out.narrow_pair(mixture_at(count_from(code), p), mixture_at(count_from(code + kLanes), p)));
-    }
+      return this->out.narrow_pair(mixture(count_from(code)), mixture(count_from(code + kLanes)));
+    };
+    for (int first = 0; first <= levels_[finest_]; first += kLookup)
+      p.table.set(first, mixtures(first), mixtures(first + 2 * kLanes));
     Exceptions<T>& own = p.exceptions;
     std::fill(own.numbers + own.count, own.numbers + kLanes, own.count ? own.numbers[0] : T{});
     store(own.results, this->mixture(load(own.numbers), p));
   }
 
-  int finest_ = 0;
+  static constexpr float kMostLevels = 255;
+
+  int finest_ = 0, leader_[Base::kSize];
   float levels_[Base::kSize];
   Vec ratio_[Base::kSize];
 };
@@ -394,11 +417,12 @@ struct GradientOfPairs : Backward<kMix, kCount, Ste::kIdentity, false, T> {
     }
   }
   // In columns parts of Half would need more registers than there are.
+  template <Reach kReach>
   void prefetch_pair(int64_t i) const
     requires(!kByHalves)
   {
-    prefetch_line(this->x + i);
-    prefetch_line(this->grad + i);
+    prefetch_line<kReach>(this->x + i);
+    prefetch_line<kReach>(this->grad + i);
   }
   void finish(const Pairs& from, Vec (&sums)[2][Base::kSums + 1]) const {
     for (int s = 0; s < Base::kSums; ++s) {

@@ -30,6 +30,8 @@ inline TwoVecs widen(__m512i bits, const BFloat16*) {
           {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
 }
 
+inline Vec widen(__m256i bits, const Half*) { return {_mm512_cvtph_ps(bits)}; }
+inline Vec widen(__m256i bits, const BFloat16*) { return from_bfloat16(bits); }
 inline __m256i narrow(Vec a, const Half*) { return to_half(a); }
 inline __m256i narrow(Vec a, const BFloat16*) { return to_bfloat16(a); }
 

@@ -15,10 +15,13 @@ inline constexpr int64_t kLookup = 64;
 struct CodeTable {
   alignas(64) uint8_t low[256], high[256];
 
-  // Entries [code, code + 32).
-  void set(int code, __m512i results) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(low + code), _mm512_cvtepi16_epi8(results));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(high + code), _mm512_cvtepi16_epi8(_mm512_srli_epi16(results, 8)));
+  // Entries [code, code + 64), of which each argument is a half.
+  void set(int code, __m512i first, __m512i second) {
+    const __m512i lower = _mm512_set_epi64(0x7e7c7a7876747270, 0x6e6c6a6866646260, 0x5e5c5a5856545250, 0x4e4c4a4846444240,
+                                           0x3e3c3a3836343230, 0x2e2c2a2826242220, 0x1e1c1a1816141210, 0x0e0c0a0806040200);
+    const __m512i upper = _mm512_or_si512(lower, _mm512_set1_epi8(1));
+    _mm512_store_si512(low + code, _mm512_permutex2var_epi8(first, lower, second));
+    _mm512_store_si512(high + code, _mm512_permutex2var_epi8(first, upper, second));
   }
 };
 
@@ -38,18 +41,19 @@ QK_INLINED inline TwoVecs load_to_pack(const BFloat16* p) {
 // The elements of a half type next below those nearest to v, those nearest, and those next above.
 template <class T>
 struct Neighbours {
-  T below[kLanes], nearest[kLanes], above[kLanes];
+  T numbers[kLanes];  // the nearest
+  Vec below, nearest, above;
 
   explicit Neighbours(Vec v) {
     // As integers, numbers with a sign come in the opposite order.
     const auto ordered = [](__m256i bits) {
       return _mm256_xor_si256(bits, _mm256_and_si256(_mm256_srai_epi16(bits, 15), _mm256_set1_epi16(0x7fff)));
     };
-    const auto at = [](T* p) { return reinterpret_cast<__m256i*>(p); };
-    store(nearest, v);
-    const __m256i place = ordered(_mm256_loadu_si256(at(nearest))), one = _mm256_set1_epi16(1);
-    _mm256_storeu_si256(at(below), ordered(_mm256_sub_epi16(place, one)));
-    _mm256_storeu_si256(at(above), ordered(_mm256_add_epi16(place, one)));
+    const __m256i bits = narrow(v, numbers), place = ordered(bits), one = _mm256_set1_epi16(1);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(numbers), bits);
+    nearest = widen(bits, numbers);
+    below = widen(ordered(_mm256_sub_epi16(place, one)), numbers);
+    above = widen(ordered(_mm256_add_epi16(place, one)), numbers);
   }
 };
 
@@ -81,19 +85,20 @@ struct Exceptions {
   }
 };
 
-// f and g never fall while a number of the half type rises. Whether they reach each of these codes next to `boundary`,
-// between the same two numbers but for at most one, which then is an exception: in that case, and if it is so for all
-// codes, they are equal for all other numbers.
+// f and g never fall while a number of the half type rises. Whether they reach the codes of these lanes, each next to the
+// boundary that is a neighbours' nearest number, between the same two numbers but for at most one, which then is an
+// exception: in that case, and if it is so for all codes, they are equal for all other numbers.
 template <class T, class F, class G>
-inline bool rise_together(Vec codes, Vec boundary, const F& f, const G& g, Exceptions<T>& exceptions) {
-  const Neighbours<T> near(boundary);
+inline bool rise_together(Mask lanes, Vec codes, const Neighbours<T>& near, const F& f, const G& g,
+                          Exceptions<T>& exceptions) {
   const auto rises = [&](const auto& code) {
-    return both(less(code(load(near.below)), codes), less_equal(codes, code(load(near.above))));
+    return both(less(code(near.below), codes), less_equal(codes, code(near.above)));
   };
-  if (both(rises(f), rises(g)) != first_lanes(kLanes)) return false;
-  const uint32_t differ = bits_of(equal(f(load(near.nearest)), g(load(near.nearest)))) ^ bits_of(first_lanes(kLanes));
+  const uint32_t wanted = bits_of(lanes);
+  if ((bits_of(both(rises(f), rises(g))) & wanted) != wanted) return false;
   bool room = true;
-  for (uint32_t rest = differ; rest; rest &= rest - 1) room = room && exceptions.add(near.nearest[std::countr_zero(rest)]);
+  for (uint32_t rest = wanted & ~bits_of(equal(f(near.nearest), g(near.nearest))); rest; rest &= rest - 1)
+    room = room && exceptions.add(near.numbers[std::countr_zero(rest)]);
   return room;
 }
 

@@ -65,7 +65,10 @@ struct ChannelStatsOfHalves : ChannelStats<T> {
     to.sums.add(bits, this->x + i);
   }
 
-  void prefetch_pair(int64_t i) const { prefetch_line(this->x + i); }
+  template <Reach kReach>
+  void prefetch_pair(int64_t i) const {
+    prefetch_line<kReach>(this->x + i);
+  }
 
   void finish(const Pairs& from, Vec (&sums)[2][ChannelStats<T>::kSums + 1]) const {
     const TwoVecs parts[] = {

@@ -18,7 +18,7 @@
 //   struct Pairs { bool settled() const; }         optional; settled: from here on, less work will do
 //   template <bool kSettled> void add(int64_t i, const Params& first, const Params& second, Pairs&) const
 //   void finish(const Pairs&, Vec (&sums)[2][kSums + 1]) const      of at least one add: as operator() would have them
-//   void prefetch_pair(int64_t i) const            elements [i, i + 2 * kLanes): in columns, too; without it in runs alone
+//   template <Reach> void prefetch_pair(int64_t i) const         elements [i, i + 2 * kLanes); without it in runs alone
 // It may take the totals of its channels itself, in whatever thread has them first:
 //   void finish_channel(int64_t channel, const float* totals) const      [kSums]
 // In columns it may take the elements of several rows before it stores results, as the processor holds back a load from an
@@ -52,6 +52,7 @@ inline constexpr int64_t kShortRun = 4;           // this length is better off w
 inline constexpr int64_t kPiece = 1 << 14;        // elements a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kShortRow = 256;         // columns: elements of a row that is repeated until it has as many
 inline constexpr int64_t kAskedRows = 28;         // columns: rows that are walked while as many are asked for
+inline constexpr int64_t kAskedBytes = 8 << 20;   // in tensors of this size
 inline constexpr int64_t kStripRows = 256;        // columns: rows whose accumulators stay in registers, for ops of pairs,
 inline constexpr int kRowsAhead = 8;              // and how far ahead they are asked for
 inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they are asked whether they are settled
@@ -200,10 +201,11 @@ class ChannelTable {
   Buffer<float> values_;  // aligned: a load that crosses cache lines costs two
 };
 
-// Asks for the cache line of p. It may lie past the end of the tensor.
-template <class T>
+// Asks for the cache line of p, which may lie past the end of the tensor: now, or to come as near as the second-level cache.
+enum class Reach { kNear, kFar };
+template <Reach kReach, class T>
 QK_INLINED inline void prefetch_line(const T* p) {
-  __builtin_prefetch(p, 0, 3);
+  __builtin_prefetch(p, 0, kReach == Reach::kNear ? 3 : 2);
 }
 
 // Asks for a vector of elements to come as near as the second-level cache. They may lie past the end of the tensor.
@@ -267,14 +269,14 @@ concept TakesPairs = requires { typename Op::Pairs; };
 template <class Op>
 inline constexpr bool kFinishes = requires(const Op& op, const float* totals) { op.finish_channel(0, totals); };
 
-// `count` steps from i on: each adds kPairs pairs of vectors that lie side by side. kAhead: steps that are asked for ahead.
-template <int kPairs, int kAhead, class Op, class Params>
+// `count` steps from i on: each adds kPairs pairs of vectors that lie side by side. ask(i): called before each pair.
+template <int kPairs, class Op, class Params, class Ask>
 inline void run_pairs(const Op& op, const Params (&params)[kPairs][2], int64_t i, int64_t stride, int64_t count,
-                      typename Op::Pairs* pairs) {
+                      typename Op::Pairs* pairs, const Ask& ask) {
   const auto run = [&]<bool kSettled>(int64_t steps) {
     for (; steps > 0; --steps, i += stride)
       unrolled<kPairs>([&](int p) QK_INLINED {
-        if constexpr (kAhead > 0) op.prefetch_pair(i + p * 2 * kLanes + kAhead * stride);
+        ask(i + p * 2 * kLanes);
         op.template add<kSettled>(i + p * 2 * kLanes, params[p][0], params[p][1], pairs[p]);
       });
   };
@@ -312,7 +314,7 @@ inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t
     if (const int64_t count = (end - i) / (2 * kLanes); count > 0) {
       typename Op::Pairs pairs;
       const Params both[1][2] = {{params, params}};
-      run_pairs<1, 0>(op, both, i, 2 * kLanes, count, &pairs);
+      run_pairs<1>(op, both, i, 2 * kLanes, count, &pairs, [](int64_t) {});
       merge_pairs(op, pairs, sums[0], sums[0]);
       i += count * 2 * kLanes;
     }
@@ -573,10 +575,11 @@ inline auto params_of_pair(const ChannelTable& table, const Op& op, int64_t colu
 }
 
 // A strip of kPairs pairs of vectors of columns, whose parameters and accumulators stay in registers. Each row of it is a
-// cache line or two, far from those of the next row, so they are asked for ahead.
-template <int kPairs, class Op>
+// cache line or two, far from those of the next row, so they are asked for ahead. kAsks: and, from `far` on and in the order
+// of memory, as many as are read.
+template <int kPairs, bool kAsks, class Op>
 inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row, int64_t last_row,
-                               int64_t column, ColumnSums<Op> partial) {
+                               int64_t column, int64_t far, ColumnSums<Op> partial) {
   const Op op = shared;  // as in run_piece
   typename Op::Pairs pairs[kPairs];
   decltype(params_of_pair(table, op, column, false)) params[kPairs][2];
@@ -584,7 +587,11 @@ inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, cons
     for (int second = 0; second < 2; ++second)
       params[p][second] = params_of_pair(table, op, column + 2 * p * kLanes, second);
   });
-  run_pairs<kPairs, kRowsAhead>(op, params, row * walk.period + column, walk.period, last_row - row, pairs);
+  const int64_t ahead = kRowsAhead * walk.period;
+  run_pairs<kPairs>(op, params, row * walk.period + column, walk.period, last_row - row, pairs, [&](int64_t i) QK_INLINED {
+    op.template prefetch_pair<Reach::kNear>(i + ahead);
+    if constexpr (kAsks) op.template prefetch_pair<Reach::kFar>(std::exchange(far, far + 2 * kLanes));
+  });
   if constexpr (Op::kSums > 0)
     unrolled<kPairs>([&](int p) QK_INLINED {
       const int64_t low = column + 2 * p * kLanes, high = low + kLanes;
@@ -598,7 +605,7 @@ inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, cons
 }
 
 // Of an op that takes pairs.
-template <class Op>
+template <bool kAsks, class Op>
 inline void run_strips_of_pairs(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
                                 int64_t last_row, ColumnSums<Op> partial) {
   using Params = decltype(params_of_pair(table, op, 0, false));
@@ -607,8 +614,9 @@ inline void run_strips_of_pairs(const Layout& layout, const Walk& walk, const Ch
   for (int64_t end; row < last_row; row = end) {
     end = std::min(row + kStripRows, last_row);
     int64_t column = 0;
-    for (; column + kWidth <= walk.period; column += kWidth)
-      run_strip_of_pairs<kPairs>(walk, table, op, row, end, column, partial);
+    int64_t far = end * walk.period;
+    for (; column + kWidth <= walk.period; column += kWidth, far += (end - row) * kWidth)
+      run_strip_of_pairs<kPairs, kAsks>(walk, table, op, row, end, column, far, partial);
     run_columns(layout, walk, table, op, row, 1, end - row, column, partial);
   }
 }
@@ -622,11 +630,11 @@ inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable
     for (int64_t column = 0; column < walk.period; column += kLanes) partial.store_to(column, empty);
   }
   const int64_t whole_rows = layout.numel() / walk.period, end = std::min(last_row, whole_rows);
-  if constexpr (requires { op.prefetch_pair(row); }) {
-    run_strips_of_pairs(layout, walk, table, op, row, end, partial);
+  [[maybe_unused]] const bool far = layout.numel() * static_cast<int64_t>(sizeof(*op.x)) >= kAskedBytes;
+  if constexpr (requires { op.template prefetch_pair<Reach::kNear>(row); }) {
+    (far ? run_strips_of_pairs<true, Op> : run_strips_of_pairs<false, Op>)(layout, walk, table, op, row, end, partial);
   } else if constexpr (kUnrollsRows<Op> && requires { op.prefetch(row); }) {
-    const bool asks = layout.numel() * static_cast<int64_t>(sizeof(*op.x)) >= kStreamBytes;
-    (asks ? run_all_rows<true, Op> : run_all_rows<false, Op>)(layout, walk, table, op, row, end, partial);
+    (far ? run_all_rows<true, Op> : run_all_rows<false, Op>)(layout, walk, table, op, row, end, partial);
   } else {
     run_all_rows<false>(layout, walk, table, op, row, end, partial);
   }
