@@ -111,7 +111,7 @@ bool no_subnormal_mixtures(const AttentionArgs& args) {
   bool none = true;
   for (int64_t k = 0; k < args.count; ++k)
     none = none && args.kinds[k] != Kind::kIdentity &&
-           no_subnormals(grid_row(args, k, 0), args.layout.channels, args.attention[k]);
+           no_subnormals(grid_row(args, k, 0), args.layout.channels * kGridColumns, args.attention[k]);
   return none;
 }
 

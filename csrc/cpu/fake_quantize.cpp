@@ -73,7 +73,7 @@ struct Backward {
       const Vec clamped = clamp_code(position, levels);
       sums[2] = multiply_add(g, round_to_even(clamped) - clamped, sums[2]);
     }
-    out.put(i, keep(both(less_equal(zero, position), less_equal(position, levels)), g), lanes);
+    out.put_where(i, both(less_equal(zero, position), less_equal(position, levels)), grad + i, lanes);
   }
 };
 
@@ -184,7 +184,8 @@ void apply_mask_to(const ApplyMaskArgs& args) {
 
 template <class T>
 Results<T> quantized_results(const FakeQuantizeArgs& args, const Walk& walk) {
-  return {args.out, args.layout, walk, kInPairs<T> && no_subnormals(args.grid, args.layout.channels)};
+  // Of whole rows: thresholds as well, for the sake of vectors.
+  return {args.out, args.layout, walk, kInPairs<T> && no_subnormals(args.grid, args.layout.channels * kGridColumns)};
 }
 
 }  // namespace

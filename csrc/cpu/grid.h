@@ -23,14 +23,13 @@ inline ChannelTable grid_table(const Layout& layout, const Walk& walk, const flo
   });
 }
 
-// Whether no result of these rows is subnormal: `scale` times an offset and times steps, multiplied by codes and added up in
+// Whether no result is subnormal that is made of `scale` times these offsets and steps, multiplied by codes and added up in
 // whatever order. If each of the former is 0 or at least 2^-100, it is a multiple of 2^-123; so is every sum of multiples of
 // them, and what float32 rounds it to; and a multiple of 2^-123 is 0 or a normal number. NaN is no subnormal either.
-// Thresholds are asked as well, for the sake of vectors.
-inline bool no_subnormals(const float* rows, int64_t count, float scale = 1.0f) {
+inline bool no_subnormals(const float* terms, int64_t count, float scale = 1.0f) {
   int small = 0;
-  for (int64_t i = 0; i < count * kGridColumns; ++i) {
-    const float term = std::abs(scale * rows[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    const float term = std::abs(scale * terms[i]);
     small |= (term != 0.0f) & (term < 0x1p-100f);
   }
   return !small;

@@ -7,8 +7,8 @@
 
 #include <bit>
 
+#include "cpu/grid.h"
 #include "cpu/levels.h"
-#include "cpu/traverse.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 namespace {
@@ -114,7 +114,7 @@ struct Backward {
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, Vec top, Vec*) const {
-    out.put(i, keep(less_equal(load(x + i, lanes), top), load(grad + i, lanes)), lanes);
+    out.put_where(i, less_equal(load(x + i, lanes), top), grad + i, lanes);
   }
 };
 
@@ -187,9 +187,11 @@ std::vector<double> run(const Layout& layout, const T* x, const Out& out, const 
 
 void learned_basis_forward(const LearnedBasisArgs& args) {
   const Walk walk = walk_of(args.layout);
-  const LevelTables tables(rows_of(args).data(), args.layout.channels, args.bits, args.encoding);
+  const auto rows = rows_of(args);
+  const LevelTables tables(rows.data(), args.layout.channels, args.bits, args.encoding);
   with_type(args.dtype, [&]<class T>(T*) {
-    const Results<T> out(args.out, args.layout, walk);
+    const Results<T> out(args.out, args.layout, walk,
+                         kInPairs<T> && no_subnormals(rows.data(), args.layout.channels * (1 + args.bits)));
     const T* const x = static_cast<const T*>(args.x);
     with_lookup(walk, args.bits, [&]<Lookup kLookup, int kBits>() {
       if (args.gram) {

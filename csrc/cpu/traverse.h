@@ -117,6 +117,15 @@ struct Results {
     }
   }
   void put(int64_t i, Vec v, First lanes) const { store(data + i, v, lanes); }
+  // Elements from elsewhere, 0 in place of those that are not chosen: where the instruction set can, the bits as they are.
+  template <class Lanes>
+  void put_where(int64_t i, Mask chosen, const T* from, Lanes lanes) const {
+#if defined(__AVX512F__)
+    if constexpr (!std::is_same_v<T, float> && std::is_same_v<Lanes, Whole>)
+      return put_half(i, _mm256_maskz_loadu_epi16(chosen, from));
+#endif
+    put(i, keep(chosen, load(from, lanes)), lanes);
+  }
 #if defined(__AVX512F__)
   // Two vectors of elements of BFloat16 in the order of TwoVecs.
   void put_two(int64_t i, TwoVecs two) const {

@@ -39,6 +39,20 @@ def test_forward_is_bit_equal_and_counts_are_exact(backend, problem):
         assert_sums_close(product, expected[2], magnitude, problem.one.per_channel)
 
 
+@pytest.mark.parametrize("least", [-99, -101, -126, -128, -133])
+def test_small_bfloat16_levels(backend, least):
+    """Bases as powers of two: levels are subnormal, next to that, or far from it; so are gradients."""
+    basis = torch.tensor([[2.0**least, 2.5 * 2.0**least]])
+    x = (torch.linspace(-1, 5, 1000) * 2.0**least).to(torch.bfloat16)
+    x[:3] = torch.tensor([INF, -INF, NAN])
+    on_device = x.to(backend.device), basis.to(backend.device)
+    for encoding in (Encoding.SIGNED, Encoding.UNSIGNED):
+        q = backend.ops.learned_basis_quantize(*on_device, int(encoding), 0, None)[0]
+        assert_bit_equal(q, reference.learned_basis_quantize(x, basis, int(encoding), 0, None)[0])
+        grad_x = backend.ops.learned_basis_quantize_backward(on_device[0], *on_device, int(encoding), None)
+        assert_bit_equal(grad_x, reference.learned_basis_quantize_backward(x, x, basis, int(encoding), None))
+
+
 @pytest.mark.parametrize("problem", learned_basis_problems([1, 3], special=[True]), ids=str)
 def test_backward(backend, problem):
     grad, x, basis = (make(backend.device) for make in (problem.grad, problem.x, problem.basis))
