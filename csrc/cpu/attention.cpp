@@ -424,8 +424,16 @@ struct GradientOfPairs : Backward<kMix, kCount, Ste::kIdentity, false, T> {
     prefetch_line<kReach>(this->x + i);
     prefetch_line<kReach>(this->grad + i);
   }
-  void finish(const Pairs& from, Vec (&sums)[2][Base::kSums + 1]) const {
-    for (int s = 0; s < Base::kSums; ++s) {
+  QK_INLINED void totals(const Pairs& from, float* of_run) const {
+    unrolled<(Base::kSums + 1) / 2>([&](int n) QK_INLINED {
+      const int s = 2 * n, next = std::min(s + 1, Base::kSums - 1);
+      const TwoSums two = lane_sums(sum_of(from.sums[s]), sum_of(from.sums[next]));
+      of_run[s] = two.first;
+      if (next != s) of_run[next] = two.second;
+    });
+  }
+  QK_INLINED void finish(const Pairs& from, Vec (&sums)[2][Base::kSums + 1]) const {
+    unrolled<Base::kSums>([&](int s) QK_INLINED {
       TwoVecs two;
       if constexpr (kByHalves) {
         two = joined(from.sums[s]);
@@ -434,7 +442,7 @@ struct GradientOfPairs : Backward<kMix, kCount, Ste::kIdentity, false, T> {
       }
       sums[0][s] = two.first;
       sums[1][s] = two.second;
-    }
+    });
   }
 };
 template <Mix kMix, int kCount, class T>
@@ -584,7 +592,7 @@ void finish_backward(const AttentionArgs& args, const GridColumns& grids, const 
 }  // namespace
 
 void attention_quantize_forward(const AttentionArgs& args) {
-  const Walk walk = walk_of(args.layout);
+  const Walk walk = walk_of(args.layout, args.dtype);
   const GridColumns grids(args);
   const Mix mix = mix_of(args, grids);
   const ChannelTable table = members_table(args, walk, grids, {static_cast<int>(args.count), mix, true});
@@ -603,7 +611,7 @@ void attention_quantize_forward(const AttentionArgs& args) {
 }
 
 void attention_quantize_backward(const AttentionArgs& args) {
-  const Walk walk = walk_of(args.layout);
+  const Walk walk = walk_of(args.layout, args.dtype);
   const GridColumns grids(args);
   const Mix mix = mix_of(args, grids);
   const ChannelTable table = members_table(args, walk, grids, {static_cast<int>(args.count), mix, false});

@@ -139,12 +139,14 @@ struct MaskedForward {
 
   template <class Lanes>
   void operator()(int64_t i, Lanes lanes, const GridVec& grid, Vec*) const {
+    out.ask_ahead(x + i);
     out.put(i, quantized(i, lanes, grid), lanes);
   }
 
   void pair(int64_t i, const GridVec& low, const GridVec& high) const
     requires kInPairs<T>
   {
+    out.ask_ahead(x + i);
     const Vec first = quantized(i, Whole{}, low), second = quantized(i + kLanes, Whole{}, high);
     out.put_pair(i, first, second);
   }
@@ -173,6 +175,7 @@ void apply_mask_to(const ApplyMaskArgs& args) {
     int64_t i = begin * kPiece;
 #pragma GCC unroll 4
     for (; i + kElements <= last; i += kElements) {
+      out.ask_ahead(reinterpret_cast<const float*>(grad + i));
       uint32_t bits = 0;
       std::memcpy(&bits, bytes + i / 8, kElements / 8);
       out.put(i / kElementsALane, load_where(grad + i, bits), Whole{});

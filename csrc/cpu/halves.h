@@ -60,27 +60,6 @@ inline __m512i interleaved(__m512i halves) {
   return _mm512_permutexvar_epi16(order, halves);
 }
 
-// Sums of |x| and of x^2, 32 elements at a time, in the lanes that widen() gives them.
-template <class T>
-class MagnitudeSums;
-
-template <>
-class MagnitudeSums<BFloat16> {
- public:
-  void add(__m512i bits, const BFloat16* p) {
-    const TwoVecs magnitude = widen(_mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)), p);
-    // One sum on the units that add, one on those that multiply.
-    magnitudes_ = {magnitudes_.first + magnitude.first, multiplier_add(magnitude.second, magnitudes_.second)};
-    squares_ = {multiply_add(magnitude.first, magnitude.first, squares_.first),
-                multiply_add(magnitude.second, magnitude.second, squares_.second)};
-  }
-  TwoVecs magnitudes() const { return magnitudes_; }
-  TwoVecs squares() const { return squares_; }
-
- private:
-  TwoVecs magnitudes_{splat(0.0f), splat(0.0f)}, squares_{splat(0.0f), splat(0.0f)};
-};
-
 // Half of a Vec. `vcvtph2ps` to 16 elements takes units of two kinds on Zen processors, to 8 it takes one for half the time.
 struct HalfVec {
   __m256 v;
@@ -109,6 +88,48 @@ inline TwoVecs joined(const HalfVec* parts) {
           {_mm512_insertf32x8(_mm512_castps256_ps512(parts[2].v), parts[3].v, 1)}};
 }
 
+// The sum of parts, half as many lanes as they have together.
+inline HalfVec sum_of(const HalfVec (&parts)[kHalfVecs]) { return (parts[0] + parts[1]) + (parts[2] + parts[3]); }
+inline HalfVec sum_of(const Vec (&parts)[2]) {
+  const Vec sum = parts[0] + parts[1];
+  return part({sum, sum}, 0) + part({sum, sum}, 1);
+}
+
+// {all lanes of a, all lanes of b} added up.
+struct TwoSums {
+  float first, second;
+};
+inline TwoSums lane_sums(HalfVec a, HalfVec b) {
+  const __m256 in_turns = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(in_turns), _mm256_extractf128_ps(in_turns, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return {_mm_cvtss_f32(two), _mm_cvtss_f32(_mm_movehdup_ps(two))};
+}
+
+// Sums of |x| and of x^2, 32 elements at a time, in the lanes that widen() gives them.
+template <class T>
+class MagnitudeSums;
+
+template <>
+class MagnitudeSums<BFloat16> {
+ public:
+  void add(__m512i bits, const BFloat16* p) {
+    const TwoVecs magnitude = widen(_mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)), p);
+    // One sum on the units that add, one on those that multiply.
+    magnitudes_ = {magnitudes_.first + magnitude.first, multiplier_add(magnitude.second, magnitudes_.second)};
+    squares_ = {multiply_add(magnitude.first, magnitude.first, squares_.first),
+                multiply_add(magnitude.second, magnitude.second, squares_.second)};
+  }
+  TwoVecs magnitudes() const { return magnitudes_; }
+  TwoVecs squares() const { return squares_; }
+  TwoSums totals() const {
+    return lane_sums(sum_of({magnitudes_.first, magnitudes_.second}), sum_of({squares_.first, squares_.second}));
+  }
+
+ private:
+  TwoVecs magnitudes_{splat(0.0f), splat(0.0f)}, squares_{splat(0.0f), splat(0.0f)};
+};
+
 template <>
 class MagnitudeSums<Half> {
  public:
@@ -121,6 +142,7 @@ class MagnitudeSums<Half> {
   }
   TwoVecs magnitudes() const { return joined(magnitudes_); }
   TwoVecs squares() const { return joined(squares_); }
+  TwoSums totals() const { return lane_sums(sum_of(magnitudes_), sum_of(squares_)); }
 
  private:
   HalfVec magnitudes_[kHalfVecs]{}, squares_[kHalfVecs]{};

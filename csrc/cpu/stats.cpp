@@ -10,6 +10,47 @@ namespace {
 
 struct NoParams {};
 
+// finish_stats() of kLanes channels, of which total s of channel c is totals[c * kNext + s * kOther]: loops that the
+// compiler makes vectors of.
+template <int kNext, int kOther>
+__attribute__((noinline)) void finish_many(const StatsArgs& args, int64_t channel, const float* totals) {
+  float low[kLanes], high[kLanes], magnitudes[kLanes], squares[kLanes];
+  int nans = 0;
+  for (int c = 0; c < kLanes; ++c) {
+    const float* const own = totals + c * kNext;
+    low[c] = own[0];
+    high[c] = own[kOther];
+    magnitudes[c] = own[2 * kOther];
+    squares[c] = own[3 * kOther];
+    nans |= magnitudes[c] != magnitudes[c];
+  }
+  // The minima and maxima of vectors pass over NaN; sum |x| is NaN exactly where there is one.
+  if (nans)
+    for (int c = 0; c < kLanes; ++c)
+      if (std::isnan(magnitudes[c])) low[c] = high[c] = magnitudes[c];
+  if (float* const to = args.stats)
+    for (int c = 0; c < kLanes; ++c) {
+      float* const row = to + (channel + c) * 4;
+      row[0] = low[c];
+      row[1] = high[c];
+      row[2] = magnitudes[c];
+      row[3] = squares[c];
+    }
+  if (!args.grids) return;
+  for (int64_t k = 0; k < args.count; ++k) {
+    float* const rows = args.grids + (k * args.layout.channels + channel) * kGridColumns;
+    const int64_t levels = args.levels[k];
+    float steps[kLanes];  // in a loop of their own, which becomes one division of vectors
+#pragma GCC unroll 1
+    for (int c = 0; c < kLanes; ++c) steps[c] = minmax_grid(low[c], high[c], levels).step;
+    for (int c = 0; c < kLanes; ++c) {
+      rows[c * kGridColumns] = low[c];
+      rows[c * kGridColumns + 1] = steps[c];
+      rows[c * kGridColumns + 2] = 0.0f;
+    }
+  }
+}
+
 template <class T>
 struct ChannelStats {
   static constexpr int kSums = 4;  // min, max, sum |x|, sum x^2
@@ -22,11 +63,15 @@ struct ChannelStats {
     return {};
   }
 
-  void finish_channel(int64_t channel, const float* totals) const {
-    // The minima and maxima of vectors pass over NaN; sum |x| is NaN exactly where there is one.
+  void finish_channel(int64_t channel, const float* totals) const {  // as finish_many()
     const bool nan = std::isnan(totals[2]);
     const float stats[kSums] = {nan ? totals[2] : totals[0], nan ? totals[2] : totals[1], totals[2], totals[3]};
     finish_stats(args, channel, stats);
+  }
+
+  template <int kNext, int kOther>
+  void finish_channels(int64_t channel, const float* totals) const {
+    finish_many<kNext, kOther>(args, channel, totals);
   }
 
   template <class Lanes>
@@ -70,18 +115,50 @@ struct ChannelStatsOfHalves : ChannelStats<T> {
     prefetch_line<kReach>(this->x + i);
   }
 
-  void finish(const Pairs& from, Vec (&sums)[2][ChannelStats<T>::kSums + 1]) const {
+  // As finish(), of all lanes together.
+  QK_INLINED void totals(const Pairs& from, float* of_run) const {
+    const auto halves = [](__m512i a, const auto& merge) {
+      const __m256i eight = merge(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+      return std::pair{_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1)};
+    };
+    const auto most = halves(from.largest, [](auto a, auto b) { return _mm256_max_epu16(a, b); });
+    const auto most_signed = halves(from.largest_signed, [](auto a, auto b) { return _mm256_max_epi16(a, b); });
+    const auto fewest = halves(from.least, [](auto a, auto b) { return _mm256_min_epu16(a, b); });
+    // The instruction finds the least unsigned integer of eight.
+    const auto least_of = [](__m128i a) { return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(a))); };
+    const __m128i all = _mm_set1_epi16(-1), positive = _mm_set1_epi16(0x7fff);
+    const uint16_t largest = ~least_of(_mm_xor_si128(_mm_max_epu16(most.first, most.second), all));
+    const uint16_t largest_signed =
+        least_of(_mm_xor_si128(_mm_max_epi16(most_signed.first, most_signed.second), positive)) ^ 0x7fff;
+    const uint16_t least = least_of(_mm_min_epu16(fewest.first, fewest.second));
+    const uint32_t minimum = largest & 0x8000 ? largest : least, maximum = largest_signed & 0x8000 ? least : largest_signed;
+    const Vec both = widen(_mm256_castsi128_si256(_mm_cvtsi32_si128(static_cast<int>(minimum | maximum << 16))), this->x);
+    const __m128 two = _mm512_castps512_ps128(both.v);
+    of_run[0] = _mm_cvtss_f32(two);
+    of_run[1] = _mm_cvtss_f32(_mm_movehdup_ps(two));
+    if constexpr (kAdds) {
+      const TwoSums sums = from.sums.totals();
+      of_run[2] = sums.first;
+      of_run[3] = sums.second;
+    } else {
+      // As integers, NaNs are beyond infinity on both sides.
+      of_run[2] = std::isnan(of_run[0]) ? of_run[0] : std::isnan(of_run[1]) ? of_run[1] : 0.0f;
+      of_run[3] = 0.0f;
+    }
+  }
+
+  QK_INLINED void finish(const Pairs& from, Vec (&sums)[2][ChannelStats<T>::kSums + 1]) const {
     const TwoVecs parts[] = {
         widen(_mm512_mask_blend_epi16(from.some_negative(), from.least, from.largest), this->x),
         widen(_mm512_mask_blend_epi16(from.all_negative(), from.largest_signed, from.least), this->x),
         from.sums.magnitudes(),
         from.sums.squares(),
     };
-    for (int s = 0; s < ChannelStats<T>::kSums; ++s) {
+    unrolled<ChannelStats<T>::kSums>([&](int s) QK_INLINED {
       const TwoVecs part = in_order(parts[s], this->x);
       sums[0][s] = part.first;
       sums[1][s] = part.second;
-    }
+    });
     if constexpr (kAdds) return;
     // As integers, NaNs are beyond infinity on both sides.
     const Vec zero = splat(0.0f);
@@ -151,7 +228,7 @@ struct RangeErrors {
 }  // namespace
 
 void channel_stats(const StatsArgs& args) {
-  const Walk walk = walk_of(args.layout);
+  const Walk walk = walk_of(args.layout, args.dtype);
   const ChannelTable table(args.layout, walk, 0, [](const auto&) {});
   with_type(args.dtype, [&]<class T>(T*) {
     const auto run = [&]<bool kAdds>() { traverse(args.layout, walk, table, ChannelStatsOfHalves<T, kAdds>{{args}}); };
@@ -160,7 +237,7 @@ void channel_stats(const StatsArgs& args) {
 }
 
 void conditional_abs_mean(const ConditionalMeanArgs& args) {
-  const Walk walk = walk_of(args.layout);
+  const Walk walk = walk_of(args.layout, args.dtype);
   const ChannelTable table(args.layout, walk, 1,
                            [&](const auto& field) { std::copy_n(args.threshold, args.layout.channels, field(0)); });
   const int64_t channels = args.layout.channels;
@@ -172,7 +249,7 @@ void conditional_abs_mean(const ConditionalMeanArgs& args) {
 }
 
 void range_errors(const RangeErrorsArgs& args) {
-  const Walk walk = walk_of(args.layout);
+  const Walk walk = walk_of(args.layout, args.dtype);
   const int64_t channels = args.layout.channels, count = args.candidates;
   const float levels = static_cast<float>(args.levels);
   for (int64_t first = 0; first < count; first += kRangesAtOnce) {

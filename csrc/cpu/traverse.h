@@ -18,9 +18,13 @@
 //   struct Pairs { bool settled() const; }         optional; settled: from here on, less work will do
 //   template <bool kSettled> void add(int64_t i, const Params& first, const Params& second, Pairs&) const
 //   void finish(const Pairs&, Vec (&sums)[2][kSums + 1]) const      of at least one add: as operator() would have them
+//   void totals(const Pairs&, float* of_run) const                  optional; the same across lanes, [kSums]
 //   template <Reach> void prefetch_pair(int64_t i) const         elements [i, i + 2 * kLanes); without it in runs alone
 // It may take the totals of its channels itself, in whatever thread has them first:
 //   void finish_channel(int64_t channel, const float* totals) const      [kSums]
+//   template <int kNext, int kOther> void finish_channels(int64_t channel, const float* totals) const
+//                                                  of kLanes channels: total s of channel + c is totals[c * kNext + s *
+//                                                  kOther]
 // In columns it may take the elements of several rows before it stores results, as the processor holds back a load from an
 // address whose low 12 bits are those of a store shortly before:
 //   auto read(int64_t i, Lanes)                    what operator() loads of elements [i, i + lanes)
@@ -49,7 +53,7 @@ namespace qk::cpu::QK_CPU_ISA {
 inline constexpr int64_t kMinRun = 32;            // shorter runs go by columns,
 inline constexpr int64_t kMinRows = 8;            // unless too few rows share the tables: then a run of
 inline constexpr int64_t kShortRun = 4;           // this length is better off with a partial vector
-inline constexpr int64_t kPiece = 1 << 14;        // elements a task takes at a time: its tensors stay in L2
+inline constexpr int64_t kPiece = 1 << 14;        // elements of float32 a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kShortRow = 256;         // columns: elements of a row that is repeated until it has as many
 inline constexpr int64_t kAskedRows = 28;         // columns: rows that are walked while as many are asked for
 inline constexpr int64_t kAskedBytes = 8 << 20;   // in tensors of this size
@@ -59,6 +63,7 @@ inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they 
 inline constexpr int64_t kMaxBlocks = 16;         // column blocks of a reduction, each with partial sums of its own
 inline constexpr int64_t kMaxBlockRows = 4096;    // so that a float32 partial sum stays accurate
 inline constexpr int64_t kStreamBytes = 8 << 20;  // results of this size leave the caches before they are read again
+inline constexpr int64_t kStreamAhead = 8 << 10;  // bytes that are asked for ahead of a stream: beyond the page at hand
 
 struct Walk {
   bool by_columns;
@@ -68,12 +73,13 @@ struct Walk {
   int64_t piece;   // runs: elements a piece; columns: rows a block
 };
 
-inline Walk walk_of(const Layout& layout) {
+inline Walk walk_of(const Layout& layout, DType dtype = DType::kFloat32) {
   Walk walk{};
+  const int64_t piece = dtype == DType::kFloat32 ? kPiece : 2 * kPiece;  // as many bytes
   walk.by_columns = layout.channels > 1 && layout.inner < kMinRun && (layout.inner < kShortRun || layout.outer >= kMinRows);
   if (!walk.by_columns) {
     walk.rows = layout.outer * layout.channels;
-    walk.piece = std::min(kPiece, std::max<int64_t>(layout.inner, 1));
+    walk.piece = std::min(piece, std::max<int64_t>(layout.inner, 1));
     walk.pieces = (layout.inner + walk.piece - 1) / walk.piece;
     return walk;
   }
@@ -104,6 +110,12 @@ struct Results {
                 reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0 &&
                 (walk.rows == 1 || (walk.by_columns ? walk.period : layout.inner) % kLanes == 0)),
         rounds_pairs(kInPairs<T> && no_subnormals && rounds_to_bfloat16()) {}
+
+  // Asks for the cache line some way ahead of p, which may lie past the end of the tensor, where results are streamed: into
+  // the first-level cache and past the others, for it is not read again before it would have left them.
+  QK_INLINED void ask_ahead(const T* p) const {
+    if (streams) __builtin_prefetch(reinterpret_cast<const char*>(p) + kStreamAhead, 0, 0);
+  }
 
   void put(int64_t i, Vec v, Whole) const {
 #if defined(__AVX512F__)
@@ -302,7 +314,7 @@ inline void run_pairs(const Op& op, const Params (&params)[kPairs][2], int64_t i
 
 // Adds what the pairs have to the sums of two vectors, which may be the same.
 template <class Op>
-inline void merge_pairs(const Op& op, const typename Op::Pairs& pairs, Vec* low, Vec* high) {
+QK_INLINED inline void merge_pairs(const Op& op, const typename Op::Pairs& pairs, Vec* low, Vec* high) {
   if constexpr (Op::kSums > 0) {
     Vec both[2][Op::kSums + 1];
     op.finish(pairs, both);
@@ -317,13 +329,15 @@ inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t
   constexpr int kUnroll = TakesPairs<Op> ? 1 : unroll_of<Op>();
   const Op op = shared;  // vector stores may alias whatever a reference leads to: it would be loaded anew after each
   Vec sums[kUnroll][Op::kSums + 1];
-  for (auto& set : sums) reset_sums<Op>(set);
+  unrolled<kUnroll>([&](int u) QK_INLINED { reset_sums<Op>(sums[u]); });
   if constexpr (requires { op.run(i, end, params); }) i = op.run(i, end, params);
   if constexpr (TakesPairs<Op>) {
     if (const int64_t count = (end - i) / (2 * kLanes); count > 0) {
       typename Op::Pairs pairs;
       const Params both[1][2] = {{params, params}};
       run_pairs<1>(op, both, i, 2 * kLanes, count, &pairs, [](int64_t) {});
+      if constexpr (requires { op.totals(pairs, partial); })
+        if (i + count * 2 * kLanes == end) return op.totals(pairs, partial);
       merge_pairs(op, pairs, sums[0], sums[0]);
       i += count * 2 * kLanes;
     }
@@ -336,8 +350,13 @@ inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t
       for (int u = 0; u < kUnroll; ++u) op(i + u * kLanes, Whole{}, params, sums[u]);
     }
   for (; i + kLanes <= end; i += kLanes) op(i, Whole{}, params, sums[0]);
-  if (i < end) apply_first(op, i, static_cast<int>(end - i), params, sums[0]);
-  for (int u = 1; u < kUnroll; ++u) merge_sums<Op>(sums[0], sums[u]);
+  unrolled<kUnroll - 1>([&](int u) QK_INLINED { merge_sums<Op>(sums[0], sums[u + 1]); });
+  if (i < end) {
+    Vec rest[Op::kSums + 1];  // others are in registers, as nobody asks for their address
+    reset_sums<Op>(rest);
+    apply_first(op, i, static_cast<int>(end - i), params, rest);
+    merge_sums<Op>(sums[0], rest);
+  }
   unrolled<Op::kSums>([&](int s) QK_INLINED { partial[s] = across_lanes<Op>(s, sums[0][s]); });
 }
 
@@ -383,7 +402,10 @@ void traverse_channels(const Layout& layout, const ChannelTable& table, const Op
       run_piece(op, params, i, i + layout.inner, totals.data() + channel * Op::kSums);
     }
     // Later: what has just been stored by the number cannot be loaded by the vector.
-    for (int64_t channel = begin; channel < end; ++channel) op.finish_channel(channel, totals.data() + channel * Op::kSums);
+    int64_t channel = begin;
+    for (; channel + kLanes <= end; channel += kLanes)
+      op.template finish_channels<Op::kSums, 1>(channel, totals.data() + channel * Op::kSums);
+    for (; channel < end; ++channel) op.finish_channel(channel, totals.data() + channel * Op::kSums);
   });
 }
 
@@ -476,7 +498,10 @@ inline void combine_columns(const Layout& layout, const Walk& walk, ColumnSums<O
 // Where every column is a channel, of an op that takes their totals.
 template <class Op>
 inline void finish_columns(const Layout& layout, const Op& op, ColumnSums<Op> sums) {
-  for (int64_t channel = 0; channel < layout.channels; ++channel) {
+  int64_t channel = 0;
+  for (; channel + kLanes <= layout.channels; channel += kLanes)
+    op.template finish_channels<1, kLanes>(channel, sums.at(channel, 0));
+  for (; channel < layout.channels; ++channel) {
     float totals[Op::kSums];
     unrolled<Op::kSums>([&](int s) QK_INLINED { totals[s] = *sums.at(channel, s); });
     op.finish_channel(channel, totals);
