@@ -252,8 +252,8 @@ struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
     return _mm512_packus_epi16(half(from), half(from + kLookup / 2));
   }
   QK_INLINED __m512i finest_codes(const Half* from, const Params& p) const {
-    const HalfVec offset = part({p.offset[0], p.offset[0]}, 0), inverse = part({p.inverse[finest_], p.inverse[finest_]}, 0);
-    const auto eight = [&](int n) { return _mm256_cvtps_epi32(((load_half_vec(from + 8 * n) - offset) * inverse).v); };
+    const Vec8 offset = part({p.offset[0], p.offset[0]}, 0), inverse = part({p.inverse[finest_], p.inverse[finest_]}, 0);
+    const auto eight = [&](int n) { return _mm256_cvtps_epi32(((load_eight(from + 8 * n) - offset) * inverse).v); };
     const auto half = [&](int n) {
       return _mm512_castsi256_si512(
           _mm256_packus_epi16(_mm256_packus_epi32(eight(n), eight(n + 1)), _mm256_packus_epi32(eight(n + 2), eight(n + 3))));
@@ -385,22 +385,22 @@ struct GradientOfPairs : Backward<kMix, kCount, Ste::kIdentity, false, T> {
   using Params = typename Base::Params;
   using Base::Base;
   static constexpr bool kByHalves = std::is_same_v<T, Half>;
-  using Part = std::conditional_t<kByHalves, HalfVec, Vec>;
+  using Part = std::conditional_t<kByHalves, Vec8, Vec>;
   struct Pairs {
-    Part sums[Base::kSums][kByHalves ? kHalfVecs : 2]{};
+    Part sums[Base::kSums][kByHalves ? kEights : 2]{};
   };
 
   template <bool>
   void add(int64_t i, const Params& first, const Params& second, Pairs& to) const {
     if constexpr (kByHalves) {
-      unrolled<kHalfVecs>([&](int q) QK_INLINED {
-        const HalfVec g = load_half_vec(this->grad + i + 8 * q), value = load_half_vec(this->x + i + 8 * q);
-        HalfVec distance = value - part({first.offset[0], second.offset[0]}, q);
+      unrolled<kEights>([&](int q) QK_INLINED {
+        const Vec8 g = load_eight(this->grad + i + 8 * q), value = load_eight(this->x + i + 8 * q);
+        Vec8 distance = value - part({first.offset[0], second.offset[0]}, q);
         if constexpr (kMix == Mix::kSharedRange)
-          distance = min(part({first.bound[0], second.bound[0]}, q), max(HalfVec{}, distance));
+          distance = min(part({first.bound[0], second.bound[0]}, q), max(Vec8{}, distance));
         to.sums[0][q] = to.sums[0][q] + g;
         for (int k = 0; k < this->size(); ++k) {
-          const HalfVec code = round_to_even(distance * part({first.inverse[k], second.inverse[k]}, q));
+          const Vec8 code = round_to_even(distance * part({first.inverse[k], second.inverse[k]}, q));
           to.sums[1 + k][q] = multiply_add(g, code, to.sums[1 + k][q]);
         }
       });

@@ -60,37 +60,22 @@ inline __m512i interleaved(__m512i halves) {
   return _mm512_permutexvar_epi16(order, halves);
 }
 
-// Half of a Vec. `vcvtph2ps` to 16 elements takes units of two kinds on Zen processors, to 8 it takes one for half the time.
-struct HalfVec {
-  __m256 v;
-};
-inline constexpr int kHalfVecs = 4;  // in two Vecs
+// `vcvtph2ps` to 16 elements takes units of two kinds on Zen processors, to 8 it takes one for half the time.
+inline constexpr int kEights = 4;  // in two Vecs
 
-inline HalfVec operator+(HalfVec a, HalfVec b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline HalfVec operator-(HalfVec a, HalfVec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline HalfVec operator*(HalfVec a, HalfVec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline HalfVec min(HalfVec a, HalfVec b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline HalfVec max(HalfVec a, HalfVec b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline HalfVec abs(HalfVec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-inline HalfVec multiply_add(HalfVec a, HalfVec b, HalfVec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline HalfVec multiplier_add(HalfVec a, HalfVec b) { return {_mm256_fmadd_ps(a.v, _mm256_set1_ps(1.0f), b.v)}; }
-inline HalfVec round_to_even(HalfVec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-
-inline HalfVec load_half_vec(const Half* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
-inline HalfVec part(TwoVecs a, int q) {
+inline Vec8 load_eight(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Vec8 part(TwoVecs a, int q) {
   const __m512 whole = q < 2 ? a.first.v : a.second.v;
   return {q % 2 == 0 ? _mm512_castps512_ps256(whole) : _mm512_extractf32x8_ps(whole, 1)};
 }
-inline TwoVecs joined(const HalfVec* parts) {
+inline TwoVecs joined(const Vec8* parts) {
   return {{_mm512_insertf32x8(_mm512_castps256_ps512(parts[0].v), parts[1].v, 1)},
           {_mm512_insertf32x8(_mm512_castps256_ps512(parts[2].v), parts[3].v, 1)}};
 }
 
 // The sum of parts, half as many lanes as they have together.
-inline HalfVec sum_of(const HalfVec (&parts)[kHalfVecs]) { return (parts[0] + parts[1]) + (parts[2] + parts[3]); }
-inline HalfVec sum_of(const Vec (&parts)[2]) {
+inline Vec8 sum_of(const Vec8 (&parts)[kEights]) { return (parts[0] + parts[1]) + (parts[2] + parts[3]); }
+inline Vec8 sum_of(const Vec (&parts)[2]) {
   const Vec sum = parts[0] + parts[1];
   return part({sum, sum}, 0) + part({sum, sum}, 1);
 }
@@ -99,7 +84,7 @@ inline HalfVec sum_of(const Vec (&parts)[2]) {
 struct TwoSums {
   float first, second;
 };
-inline TwoSums lane_sums(HalfVec a, HalfVec b) {
+inline TwoSums lane_sums(Vec8 a, Vec8 b) {
   const __m256 in_turns = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(in_turns), _mm256_extractf128_ps(in_turns, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -134,8 +119,8 @@ template <>
 class MagnitudeSums<Half> {
  public:
   void add(__m512i, const Half* p) {
-    unrolled<kHalfVecs>([&](int q) QK_INLINED {
-      const HalfVec value = load_half_vec(p + 8 * q), magnitude = abs(value);
+    unrolled<kEights>([&](int q) QK_INLINED {
+      const Vec8 value = load_eight(p + 8 * q), magnitude = abs(value);
       magnitudes_[q] = q == 3 ? magnitudes_[q] + magnitude : multiplier_add(magnitude, magnitudes_[q]);
       squares_[q] = multiply_add(value, value, squares_[q]);
     });
@@ -145,7 +130,7 @@ class MagnitudeSums<Half> {
   TwoSums totals() const { return lane_sums(sum_of(magnitudes_), sum_of(squares_)); }
 
  private:
-  HalfVec magnitudes_[kHalfVecs]{}, squares_[kHalfVecs]{};
+  Vec8 magnitudes_[kEights]{}, squares_[kEights]{};
 };
 
 #endif

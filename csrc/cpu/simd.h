@@ -15,9 +15,7 @@
 
 #include "core/args.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#elif defined(__AVX2__)
+#if defined(__AVX2__)  // as well where there is AVX-512
 #include <immintrin.h>
 #endif
 
@@ -40,6 +38,25 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+
+#if defined(__AVX2__)
+// The vector of AVX2, and half of one of AVX-512.
+struct Vec8 {
+  __m256 v;
+};
+
+inline Vec8 operator+(Vec8 a, Vec8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec8 operator-(Vec8 a, Vec8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec8 operator*(Vec8 a, Vec8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec8 max(Vec8 a, Vec8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec8 min(Vec8 a, Vec8 b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec8 abs(Vec8 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+// For reductions only: fused, hence never in an element-wise result.
+inline Vec8 multiply_add(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec8 multiplier_add(Vec8 a, Vec8 b) { return {_mm256_fmadd_ps(a.v, _mm256_set1_ps(1.0f), b.v)}; }
+inline Vec8 multiplier_subtract(Vec8 a, Vec8 b) { return {_mm256_fmsub_ps(a.v, _mm256_set1_ps(1.0f), b.v)}; }
+inline Vec8 round_to_even(Vec8 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+#endif
 
 #if defined(__AVX512F__)
 
@@ -157,21 +174,10 @@ inline Bytes add_where(Bytes a, Word where, int weight) {
 
 inline constexpr int kLanes = 8;
 inline constexpr int kRegisters = 16;
-struct Vec {
-  __m256 v;
-};
+using Vec = Vec8;
 using Mask = __m256;
 
 inline Vec splat(float a) { return {_mm256_set1_ps(a)}; }
-inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec multiplier_add(Vec a, Vec b) { return {_mm256_fmadd_ps(a.v, _mm256_set1_ps(1.0f), b.v)}; }
-inline Vec multiplier_subtract(Vec a, Vec b) { return {_mm256_fmsub_ps(a.v, _mm256_set1_ps(1.0f), b.v)}; }
 inline Mask less(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
 inline Mask less_equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ); }
 inline Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
@@ -180,7 +186,6 @@ inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
 inline Vec keep(Mask m, Vec a) { return {_mm256_and_ps(m, a.v)}; }
 inline Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
 inline Vec add_where(Vec a, Mask m, Vec b) { return a + keep(m, b); }
-inline Vec round_to_even(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Mask first_lanes(int n) {
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
 }
@@ -485,30 +490,29 @@ inline void store_codes(uint8_t* p, Vec a, First lanes) { store_codes(p, a, lane
 // f of all lanes, the two halves of what is left at a time: a tree, the same for every ISA of equal width.
 template <class F>
 inline float fold_lanes(Vec a, const F& f) {
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
-  a = f(a, Vec{_mm512_shuffle_f32x4(a.v, a.v, 0x4e)});
-  a = f(a, Vec{_mm512_shuffle_f32x4(a.v, a.v, 0xb1)});
-  a = f(a, Vec{_mm512_shuffle_ps(a.v, a.v, 0x4e)});
-  a = f(a, Vec{_mm512_shuffle_ps(a.v, a.v, 0xb1)});
-  return _mm512_cvtss_f32(a.v);
-#elif defined(__AVX2__)
-  a = f(a, Vec{_mm256_permute2f128_ps(a.v, a.v, 1)});
-  a = f(a, Vec{_mm256_shuffle_ps(a.v, a.v, 0x4e)});
-  a = f(a, Vec{_mm256_shuffle_ps(a.v, a.v, 0xb1)});
-  return _mm256_cvtss_f32(a.v);
+  Vec8 eight = f(Vec8{_mm512_castps512_ps256(a.v)}, Vec8{_mm512_extractf32x8_ps(a.v, 1)});
+#else
+  Vec8 eight = a;
+#endif
+  eight = f(eight, Vec8{_mm256_permute2f128_ps(eight.v, eight.v, 1)});
+  eight = f(eight, Vec8{_mm256_shuffle_ps(eight.v, eight.v, 0x4e)});
+  eight = f(eight, Vec8{_mm256_shuffle_ps(eight.v, eight.v, 0xb1)});
+  return _mm256_cvtss_f32(eight.v);
 #else
   for (int width = kLanes / 2; width > 0; width /= 2) a = f(a, map([&](int i) { return a.v[(i + width) % kLanes]; }));
   return a.v[0];
 #endif
 }
 inline float lane_sum(Vec a) {
-  return fold_lanes(a, [](Vec b, Vec c) { return b + c; });
+  return fold_lanes(a, [](auto b, auto c) { return b + c; });
 }
 inline float lane_min(Vec a) {
-  return fold_lanes(a, [](Vec b, Vec c) { return min(b, c); });
+  return fold_lanes(a, [](auto b, auto c) { return min(b, c); });
 }
 inline float lane_max(Vec a) {
-  return fold_lanes(a, [](Vec b, Vec c) { return max(b, c); });
+  return fold_lanes(a, [](auto b, auto c) { return max(b, c); });
 }
 
 inline Vec clamp_code(Vec v, Vec levels) { return min(levels, max(splat(0.0f), v)); }

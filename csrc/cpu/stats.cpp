@@ -98,6 +98,7 @@ struct ChannelStatsOfHalves : ChannelStats<T> {
     __mmask32 some_negative() const { return _mm512_movepi16_mask(largest); }
     __mmask32 all_negative() const { return _mm512_movepi16_mask(largest_signed); }
     bool settled() const { return some_negative() == 0xffffffff && all_negative() == 0; }
+    bool settled_together() const { return some_negative() != 0 && all_negative() != 0xffffffff; }
   };
 
   template <bool kSettled>

@@ -15,7 +15,8 @@
 // or as many as it likes, in runs:
 //   int64_t run(int64_t i, int64_t end, const Params&)              elements [i, r); returns r <= end
 // or, of half types, two vectors in the order of TwoVecs, with accumulators of a form of its own that begin empty:
-//   struct Pairs { bool settled() const; }         optional; settled: from here on, less work will do
+//   struct Pairs { bool settled() const; }         optional; settled: from here on less work will do for finish(), and
+//                                                  settled_together(): for totals()
 //   template <bool kSettled> void add(int64_t i, const Params& first, const Params& second, Pairs&) const
 //   void finish(const Pairs&, Vec (&sums)[2][kSums + 1]) const      of at least one add: as operator() would have them
 //   void totals(const Pairs&, float* of_run) const                  optional; the same across lanes, [kSums]
@@ -59,7 +60,8 @@ inline constexpr int64_t kAskedRows = 28;         // columns: rows that are walk
 inline constexpr int64_t kAskedBytes = 8 << 20;   // in tensors of this size
 inline constexpr int64_t kStripRows = 256;        // columns: rows whose accumulators stay in registers, for ops of pairs,
 inline constexpr int kRowsAhead = 8;              // and how far ahead they are asked for
-inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they are asked whether they are settled
+inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they are asked whether they are settled,
+inline constexpr int64_t kUnsettledTogether = 2;  // or are so together
 inline constexpr int64_t kMaxBlocks = 16;         // column blocks of a reduction, each with partial sums of its own
 inline constexpr int64_t kMaxBlockRows = 4096;    // so that a float32 partial sum stays accurate
 inline constexpr int64_t kStreamBytes = 8 << 20;  // results of this size leave the caches before they are read again
@@ -291,7 +293,7 @@ template <class Op>
 inline constexpr bool kFinishes = requires(const Op& op, const float* totals) { op.finish_channel(0, totals); };
 
 // `count` steps from i on: each adds kPairs pairs of vectors that lie side by side. ask(i): called before each pair.
-template <int kPairs, class Op, class Params, class Ask>
+template <int kPairs, bool kTogether, class Op, class Params, class Ask>
 inline void run_pairs(const Op& op, const Params (&params)[kPairs][2], int64_t i, int64_t stride, int64_t count,
                       typename Op::Pairs* pairs, const Ask& ask) {
   const auto run = [&]<bool kSettled>(int64_t steps) {
@@ -302,11 +304,11 @@ inline void run_pairs(const Op& op, const Params (&params)[kPairs][2], int64_t i
       });
   };
   if constexpr (requires { pairs->settled(); }) {
-    const int64_t first = std::min(count, kUnsettledSteps);
+    const int64_t first = std::min(count, kTogether ? kUnsettledTogether : kUnsettledSteps);
     run.template operator()<false>(first);
     count -= first;
     bool settled = true;
-    for (int p = 0; p < kPairs; ++p) settled = settled && pairs[p].settled();
+    for (int p = 0; p < kPairs; ++p) settled = settled && (kTogether ? pairs[p].settled_together() : pairs[p].settled());
     if (settled) return run.template operator()<true>(count);
   }
   run.template operator()<false>(count);
@@ -335,9 +337,15 @@ inline void run_piece(const Op& shared, const Params& params, int64_t i, int64_t
     if (const int64_t count = (end - i) / (2 * kLanes); count > 0) {
       typename Op::Pairs pairs;
       const Params both[1][2] = {{params, params}};
-      run_pairs<1>(op, both, i, 2 * kLanes, count, &pairs, [](int64_t) {});
+      const bool alone = i + count * 2 * kLanes == end;
+      if constexpr (requires { pairs.settled_together(); })
+        if (alone) {
+          run_pairs<1, true>(op, both, i, 2 * kLanes, count, &pairs, [](int64_t) {});
+          return op.totals(pairs, partial);
+        }
+      run_pairs<1, false>(op, both, i, 2 * kLanes, count, &pairs, [](int64_t) {});
       if constexpr (requires { op.totals(pairs, partial); })
-        if (i + count * 2 * kLanes == end) return op.totals(pairs, partial);
+        if (alone) return op.totals(pairs, partial);
       merge_pairs(op, pairs, sums[0], sums[0]);
       i += count * 2 * kLanes;
     }
@@ -622,10 +630,12 @@ inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, cons
       params[p][second] = params_of_pair(table, op, column + 2 * p * kLanes, second);
   });
   const int64_t ahead = kRowsAhead * walk.period;
-  run_pairs<kPairs>(op, params, row * walk.period + column, walk.period, last_row - row, pairs, [&](int64_t i) QK_INLINED {
-    op.template prefetch_pair<Reach::kNear>(i + ahead);
-    if constexpr (kAsks) op.template prefetch_pair<Reach::kFar>(std::exchange(far, far + 2 * kLanes));
-  });
+  run_pairs<kPairs, false>(op, params, row * walk.period + column, walk.period, last_row - row, pairs,
+                           [&](int64_t i) QK_INLINED {
+                             op.template prefetch_pair<Reach::kNear>(i + ahead);
+                             if constexpr (kAsks)
+                               op.template prefetch_pair<Reach::kFar>(std::exchange(far, far + 2 * kLanes));
+                           });
   if constexpr (Op::kSums > 0)
     unrolled<kPairs>([&](int p) QK_INLINED {
       const int64_t low = column + 2 * p * kLanes, high = low + kLanes;
