@@ -125,21 +125,29 @@ void unpack_codes(const int32_t* planes, int64_t plane_stride, int64_t n, Kind k
   }
 }
 
-// body(row, begin, n): pieces of rows, in parallel, cut at whole chunks.
+// body(row, begin, n): parts of rows, in parallel, cut at whole chunks.
 template <class F>
-void for_each_chunk(int64_t rows, int64_t columns, const F& body) {
+void for_each_part(int64_t rows, int64_t columns, const F& body) {
   const int64_t chunks = (columns + kChunk - 1) / kChunk;
   const int64_t grain = std::max<int64_t>(1, kGrainCodes / std::min(std::max<int64_t>(columns, 1), kChunk));
   parallel_for(rows * chunks, grain, [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
+    for (int64_t unit = first; unit < last;) {
+      const int64_t row = unit / chunks, of_row = std::min(last, (row + 1) * chunks) - unit;
       const int64_t begin = unit % chunks * kChunk;
-      body(unit / chunks, begin, std::min(kChunk, columns - begin));
+      body(row, begin, std::min(of_row * kChunk, columns - begin));
+      unit += of_row;
     }
   });
 }
 
+// body(begin, n): the chunks of n codes.
+template <class F>
+void for_each_chunk(int64_t n, const F& body) {
+  for (int64_t begin = 0; begin < n; begin += kChunk) body(begin, std::min(kChunk, n - begin));
+}
+
 template <Kind kKind, class T>
-void quantize_pack_chunk(const QuantizePackArgs& args, const GridVec& grid, int64_t row, int64_t begin, int64_t n) {
+void quantize_pack_part(const QuantizePackArgs& args, const GridVec& grid, int64_t row, int64_t begin, int64_t n) {
   const T* const x = static_cast<const T*>(args.x) + row * args.columns + begin;
   const Vec levels = splat(static_cast<float>(args.levels));
   int32_t* const planes = args.planes + row * args.words + begin / kWordBits;
@@ -147,16 +155,16 @@ void quantize_pack_chunk(const QuantizePackArgs& args, const GridVec& grid, int6
   int32_t counts[kMaxBits] = {};
   const auto blocks = args.bits > 4 ? quantize_pack_blocks<kKind, 8, T> : quantize_pack_blocks<kKind, 4, T>;
   const int64_t done = blocks(x, n, grid, levels, args.bits, planes, plane_stride, counts);
-  if (done < n) {
+  for_each_chunk(n - done, [&](int64_t chunk, int64_t length) {
     uint8_t codes[kChunk];
-    run_piece(Encode<kKind, T>{x + done, codes, levels}, grid, 0, n - done, nullptr);
-    pack_codes(codes, n - done, kKind, args.bits, planes + done / kWordBits, plane_stride, counts);
-  }
+    run_piece(Encode<kKind, T>{x + done + chunk, codes, levels}, grid, 0, length, nullptr);
+    pack_codes(codes, length, kKind, args.bits, planes + (done + chunk) / kWordBits, plane_stride, counts);
+  });
   for (int plane = 0; plane < args.bits; ++plane) {
     int32_t& sum = args.plane_sums[plane * args.rows + row];
     if (n == args.columns) {
       sum = counts[plane];
-    } else {  // integers: exact in whatever order the chunks of a row come
+    } else {  // integers: exact in whatever order the parts of a row come
       std::atomic_ref<int32_t>(sum).fetch_add(counts[plane], std::memory_order_relaxed);
     }
   }
@@ -176,15 +184,18 @@ void encode(const EncodeArgs& args) {
 }
 
 void pack_bitplanes(const PackArgs& args) {
-  for_each_chunk(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
+  for_each_part(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
     int32_t counts[kMaxBits] = {};
-    pack_codes(args.codes + row * args.columns + begin, n, args.kind, args.bits,
-               args.planes + row * args.words + begin / kWordBits, args.rows * args.words, counts);
+    const uint8_t* const codes = args.codes + row * args.columns + begin;
+    int32_t* const planes = args.planes + row * args.words + begin / kWordBits;
+    for_each_chunk(n, [&](int64_t chunk, int64_t length) {
+      pack_codes(codes + chunk, length, args.kind, args.bits, planes + chunk / kWordBits, args.rows * args.words, counts);
+    });
   });
 }
 
 void unpack_bitplanes(const UnpackArgs& args) {
-  for_each_chunk(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
+  for_each_part(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
     unpack_codes(args.planes + row * args.words + begin / kWordBits, args.rows * args.words, n, args.kind, args.bits,
                  args.codes + row * args.columns + begin);
   });
@@ -196,10 +207,10 @@ void quantize_pack(const QuantizePackArgs& args) {
   const ChannelTable table = grid_table(grids, Walk{}, args.grid);  // an entry a row, however short rows are
   with_type(args.dtype, [&]<class T>(T*) {
     with_kind(args.kind, [&]<Kind kKind>() {
-      for_each_chunk(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
+      for_each_part(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
         const int64_t channel = args.per_row ? row : 0;
         const GridVec grid = grid_params([&](int field) { return table.of_channel(field, channel); });
-        quantize_pack_chunk<kKind, T>(args, grid, row, begin, n);
+        quantize_pack_part<kKind, T>(args, grid, row, begin, n);
       });
     });
   });
