@@ -56,6 +56,7 @@ inline constexpr int64_t kMinRows = 8;            // unless too few rows share t
 inline constexpr int64_t kShortRun = 4;           // this length is better off with a partial vector
 inline constexpr int64_t kPiece = 1 << 14;        // elements of float32 a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kShortRow = 256;         // columns: elements of a row that is repeated until it has as many
+inline constexpr int64_t kWholeGroups = 12;       // columns: such a number of rows is groups of 4 as of 6, none left
 inline constexpr int64_t kAskedRows = 28;         // columns: rows that are walked while as many are asked for
 inline constexpr int64_t kAskedBytes = 8 << 20;   // in tensors of this size
 inline constexpr int64_t kStripRows = 256;        // columns: rows whose accumulators stay in registers, for ops of pairs,
@@ -93,6 +94,8 @@ inline Walk walk_of(const Layout& layout, DType dtype = DType::kFloat32) {
   walk.rows = (layout.numel() + walk.period - 1) / walk.period;
   const int64_t enough = std::max(8 * kPiece / walk.period, std::min(walk.rows / kMaxBlocks, kMaxBlockRows));
   walk.piece = std::max<int64_t>(1, enough);
+  if (dtype == DType::kFloat32 && walk.piece > kWholeGroups)
+    walk.piece = (walk.piece + kWholeGroups - 1) / kWholeGroups * kWholeGroups;
   walk.pieces = (walk.rows + walk.piece - 1) / walk.piece;
   return walk;
 }
