@@ -164,6 +164,173 @@ void unpack_codes(const LowbitArgs& args, const Plan& plan, const WeightVector& 
   interleave(scratch.rows.data(), scratch.columns, plan.steps(), to, v.panel_vectors * kLanes);
 }
 
+#if defined(__AVX512F__)
+// Planes of the vectors of a panel, with the words of a vector's channels side by side.
+struct TurnedPlanes {
+  explicit TurnedPlanes(const LowbitArgs& args)
+      : bits(args.w_bits),
+        stride((args.words + 1) * kLanes),  // a cache line more: planes a power of two apart would share few
+        words(kTileVectors * bits * stride) {}
+
+  uint32_t* of(int64_t vector) const { return words.data() + vector * bits * stride; }
+
+  int64_t bits;
+  int64_t stride;          // of planes, in words
+  Buffer<uint32_t> words;  // [kTileVectors][bits][stride]: [args.words][kLanes]
+};
+
+// The words of each plane of kLanes channels.
+void turn_planes(const LowbitArgs& args, const Plan& plan, const WeightVector& v, const TurnedPlanes& turned) {
+  const int64_t first_row = v.group * plan.group_channels + v.first, words = args.words;
+  for (int p = 0; p < args.w_bits; ++p) {
+    const int32_t* const rows = args.planes + (p * args.geometry.out_channels + first_row) * words;
+    uint32_t* const to = turned.of(v.position) + p * turned.stride;
+    int64_t word = 0;
+    if (v.channels == kLanes)
+      for (; word + kLanes <= words; word += kLanes)
+        transpose_words(reinterpret_cast<const float*>(rows + word), words, reinterpret_cast<float*>(to + word * kLanes),
+                        kLanes);
+    for (; word < words; ++word)
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        to[word * kLanes + lane] = lane < v.channels ? static_cast<uint32_t>(rows[lane * words + word]) : 0;
+  }
+}
+
+// The sums over each tap's input channels of their codes.
+void sum_taps(const LowbitArgs& args, const Plan& plan, const WeightVector& v, const TurnedPlanes& turned,
+              Weights& weights) {
+  const ConvGeometry& g = args.geometry;
+  const int64_t taps = g.kernel_height * g.kernel_width, in_channels = g.in_channels / g.groups;
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int64_t first = tap * in_channels, last = first + in_channels;
+    __m512i low = _mm512_setzero_si512(), high = low;  // of eight channels each
+    for (int p = 0; p < args.w_bits; ++p) {
+      __m512i ones = _mm512_setzero_si512();
+      for (int64_t word = first / kWordBits; word * kWordBits < last; ++word) {
+        const __m512i within = _mm512_set1_epi32(static_cast<int>(bits_within(word, first, last)));
+        const __m512i bits = _mm512_load_si512(turned.of(v.position) + p * turned.stride + word * kLanes);
+        ones = _mm512_add_epi32(ones, _mm512_popcnt_epi32(_mm512_and_si512(bits, within)));
+      }
+      const __m512i weight = _mm512_set1_epi64(plane_weight(args.w_kind, args.w_bits, p));
+      low = _mm512_add_epi64(low, _mm512_mul_epu32(_mm512_cvtepu32_epi64(_mm512_castsi512_si256(ones)), weight));
+      high = _mm512_add_epi64(high, _mm512_mul_epu32(_mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(ones, 1)), weight));
+    }
+    int64_t* const to = weights.tap_sums.data() + tap * plan.slots() + v.slot;
+    _mm512_storeu_si512(to, low);
+    _mm512_storeu_si512(to + 8, high);
+  }
+}
+
+// Of a word of each of kLanes channels in each of kPlanes planes, planes `plane` words apart, the codes as eight steps of
+// kDepth a channel: up to three planes by mask registers, which take the bits of a step, more by an affine map over GF(2).
+template <int kPlanes>
+QK_INLINED inline void expand_word(const uint32_t* words, int64_t plane, const __m512i (&weights)[kPlanes],
+                                   __m512i (&steps)[8]) {
+  if constexpr (kPlanes < 4) {
+    // A byte of each word, four times, and there one bit of it in each.
+    const __m512i byte = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+    const __m512i low_bits = _mm512_set1_epi32(0x08040201), high_bits = _mm512_set1_epi32(static_cast<int>(0x80402010));
+    unrolled<4>([&](int b) QK_INLINED {
+      __m512i low = _mm512_setzero_si512(), high = low;
+      unrolled<kPlanes>([&](int p) QK_INLINED {
+        const __m512i bits = _mm512_shuffle_epi8(_mm512_load_si512(words + p * plane),
+                                                 _mm512_or_si512(byte, _mm512_set1_epi8(static_cast<char>(b))));
+        low = _mm512_mask_add_epi8(low, _mm512_test_epi8_mask(bits, low_bits), low, weights[p]);
+        high = _mm512_mask_add_epi8(high, _mm512_test_epi8_mask(bits, high_bits), high, weights[p]);
+      });
+      steps[2 * b] = low;
+      steps[2 * b + 1] = high;
+    });
+  } else {
+    // Part b of 128 bits: byte b of each word.
+    const __m512i order = _mm512_set_epi64(0x3f3b37332f2b2723, 0x1f1b17130f0b0703, 0x3e3a36322e2a2622, 0x1e1a16120e0a0602,
+                                           0x3d3935312d292521, 0x1d1915110d090501, 0x3c3834302c282420, 0x1c1814100c080400);
+    __m512i a[8] = {}, b[8];
+    unrolled<kPlanes>([&](int p) QK_INLINED {
+      a[8 - kPlanes + p] = _mm512_permutexvar_epi8(order, _mm512_load_si512(words + p * plane));
+    });
+    // There the eight planes' bytes of a channel side by side, which are eight of its codes:
+    unrolled<4>([&](int i) QK_INLINED {
+      b[2 * i] = _mm512_unpacklo_epi8(a[2 * i], a[2 * i + 1]);
+      b[2 * i + 1] = _mm512_unpackhi_epi8(a[2 * i], a[2 * i + 1]);
+    });
+    unrolled<4>([&](int i) QK_INLINED {
+      const int first = i / 2 * 4 + i % 2;
+      a[i / 2 * 4 + i % 2 * 2] = _mm512_unpacklo_epi16(b[first], b[first + 2]);
+      a[i / 2 * 4 + i % 2 * 2 + 1] = _mm512_unpackhi_epi16(b[first], b[first + 2]);
+    });
+    unrolled<4>([&](int i) QK_INLINED {
+      b[2 * i] = transposed_bits(_mm512_unpacklo_epi32(a[i], a[i + 4]));
+      b[2 * i + 1] = transposed_bits(_mm512_unpackhi_epi32(a[i], a[i + 4]));
+    });
+    // Four of these a step, and from parts of the same number to a register.
+    const auto apart = [](__m512i x, __m512i y, auto which) QK_INLINED {
+      return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), which()));
+    };
+    unrolled<4>([&](int i) QK_INLINED {
+      a[i] = apart(b[2 * i], b[2 * i + 1], [] { return 0x88; });
+      a[i + 4] = apart(b[2 * i], b[2 * i + 1], [] { return 0xdd; });
+    });
+    unrolled<2>([&](int half) QK_INLINED {
+      const __m512i* const four = a + 4 * half;
+      const __m512i low[2] = {_mm512_shuffle_i64x2(four[0], four[1], 0x44), _mm512_shuffle_i64x2(four[2], four[3], 0x44)};
+      const __m512i high[2] = {_mm512_shuffle_i64x2(four[0], four[1], 0xee), _mm512_shuffle_i64x2(four[2], four[3], 0xee)};
+      steps[half] = _mm512_shuffle_i64x2(low[0], low[1], 0x88);
+      steps[half + 2] = _mm512_shuffle_i64x2(low[0], low[1], 0xdd);
+      steps[half + 4] = _mm512_shuffle_i64x2(high[0], high[1], 0x88);
+      steps[half + 6] = _mm512_shuffle_i64x2(high[0], high[1], 0xdd);
+    });
+  }
+}
+
+// The codes, less `zero`, of a panel of so many vectors, `count` steps of them.
+template <int kPlanes>
+void expand_planes(Kind kind, const TurnedPlanes& turned, int64_t count, int64_t vectors, int32_t zero, Weight* to) {
+  __m512i weights[kPlanes];
+  unrolled<kPlanes>([&](int p)
+                        QK_INLINED { weights[p] = _mm512_set1_epi8(static_cast<char>(plane_weight(kind, kPlanes, p))); });
+  const __m512i less = _mm512_set1_epi8(static_cast<char>(zero));
+  const int64_t stride = vectors * kLanes * kDepth;
+  for (int64_t first = 0; first < count; first += 8) {
+    const int64_t there = std::min<int64_t>(8, count - first);
+    for (int64_t v = 0; v < vectors; ++v) {
+      __m512i steps[8];
+      expand_word<kPlanes>(turned.of(v) + first / 8 * kLanes, turned.stride, weights, steps);
+      Weight* const at = to + first * stride + v * kLanes * kDepth;
+      if (there == 8) {
+        unrolled<8>([&](int i) QK_INLINED { _mm512_store_si512(at + i * stride, _mm512_sub_epi8(steps[i], less)); });
+      } else {
+        for (int64_t i = 0; i < there; ++i) _mm512_store_si512(at + i * stride, _mm512_sub_epi8(steps[i], less));
+      }
+    }
+  }
+}
+
+// As unpack_codes() for all vectors of a panel, but not for depthwise windows: codes are made where they belong.
+void expand_panel(const LowbitArgs& args, const Plan& plan, int64_t group, int64_t index, const TurnedPlanes& turned,
+                  Weights& weights) {
+  const int64_t first = index * kTileVectors, vectors = std::min<int64_t>(kTileVectors, plan.group_vectors - first);
+  for (int64_t vector = first; vector < first + vectors; ++vector) {
+    const WeightVector v(plan, group * plan.group_vectors + vector);
+    turn_planes(args, plan, v, turned);
+    sum_taps(args, plan, v, turned, weights);
+  }
+  Weight* const to = const_cast<Weight*>(weights.panel(plan, group, index));
+  constexpr auto by_planes = []<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    return std::array{&expand_planes<kIndex + 1>...};
+  }(std::make_integer_sequence<int, kMaxBits>{});
+  by_planes[args.w_bits - 1](args.w_kind, turned, plan.steps(), vectors, weights.zero, to);
+  // What is read past K meets weights of zero.
+  if (const int64_t rest = plan.depth % kDepth; rest > 0) {
+    const __mmask64 there = 0x1111111111111111u * ((1u << rest) - 1);
+    for (int64_t v = 0; v < vectors; ++v) {
+      Weight* const last = to + ((plan.steps() - 1) * vectors + v) * kLanes * kDepth;
+      _mm512_store_si512(last, _mm512_maskz_loadu_epi8(there, last));
+    }
+  }
+}
+#endif
+
 void arrange_planes(const LowbitArgs& args, const Plan& plan, const WeightVector& v, WeightScratch& scratch,
                     Weights& weights) {
   const ConvGeometry& g = args.geometry;
@@ -289,6 +456,15 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
     weights.panels = Buffer<Weight>(slots * plan.steps() * kDepth);
   }
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, plan.depth * kLanes));
+#if defined(__AVX512F__)
+  if (!plan.by_planes() && plan.path != Path::kDepthwise) {
+    parallel_for(plan.groups * plan.panels(), divide_up(grain, kTileVectors), [&](int64_t begin, int64_t end) {
+      const TurnedPlanes turned(args);
+      for (int64_t i = begin; i < end; ++i) expand_panel(args, plan, i / plan.panels(), i % plan.panels(), turned, weights);
+    });
+    return weights;
+  }
+#endif
   parallel_for(plan.groups * plan.group_vectors, grain, [&](int64_t begin, int64_t end) {
     WeightScratch scratch(args, plan);
     for (int64_t vector = begin; vector < end; ++vector)
