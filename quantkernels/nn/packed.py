@@ -133,7 +133,7 @@ class PackedLayer(nn.Module):
     @property
     def active_planes(self) -> Tensor:
         """int32 [weight_bits, out, words]: the planes in use."""
-        return self.planes[: self.weight_bits]
+        return self.planes if self.widths is None else self.planes[: self.weight_bits]  # a slice costs microseconds
 
     @property
     def activation(self) -> Coding | None:

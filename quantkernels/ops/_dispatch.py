@@ -97,6 +97,14 @@ def call(op: str, *args: Any) -> Any:
         raise
 
 
+def call_without_gradient(op: str, *args: Any) -> Any:
+    """As ``call``, of an op that has no gradient: what requires one is taken for a constant."""
+    if not traced():
+        return call(op, *args)  # below autograd
+    with torch.no_grad():
+        return call(op, *args)
+
+
 def explain(error: NotImplementedError, args: Sequence[Any]) -> None:
     """Raises NotImplementedError with one clear sentence where the error is that the current backend has no kernel."""
     found = re.search(NAMESPACES[_current] + r"::(\w+)", str(error))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import call
+from ._dispatch import call_without_gradient
 from ._register import OpRules, rules
 from .matmul import INF, output_dtype
 
@@ -87,28 +87,27 @@ def lowbit_conv2d(
     """
     sizes = pair("kernel_size", kernel_size), pair("stride", stride), four_sides(padding), pair("dilation", dilation)
     geometry: tuple[Any, ...] = (*sizes, groups)
-    with torch.no_grad():
-        return call(
-            "lowbit_conv2d",
-            x,
-            x_grid,
-            x_kind,
-            x_levels,
-            planes,
-            w_grid,
-            w_kind,
-            w_levels,
-            *geometry,
-            bias,
-            scale,
-            shift,
-            lower,
-            upper,
-            out_grid,
-            out_kind,
-            out_levels,
-            out_dtype,
-        )
+    return call_without_gradient(
+        "lowbit_conv2d",
+        x,
+        x_grid,
+        x_kind,
+        x_levels,
+        planes,
+        w_grid,
+        w_kind,
+        w_levels,
+        *geometry,
+        bias,
+        scale,
+        shift,
+        lower,
+        upper,
+        out_grid,
+        out_kind,
+        out_levels,
+        out_dtype,
+    )
 
 
 def _fake(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import call
+from ._dispatch import call_without_gradient
 from ._register import OpRules, rules
 
 INF = float("inf")
@@ -71,27 +71,26 @@ def lowbit_linear(
     Raises:
         RuntimeError: naming the argument, what it must be and what it was.
     """
-    with torch.no_grad():
-        return call(
-            "lowbit_linear",
-            x,
-            x_grid,
-            x_kind,
-            x_levels,
-            planes,
-            w_grid,
-            w_kind,
-            w_levels,
-            bias,
-            scale,
-            shift,
-            lower,
-            upper,
-            out_grid,
-            out_kind,
-            out_levels,
-            out_dtype,
-        )
+    return call_without_gradient(
+        "lowbit_linear",
+        x,
+        x_grid,
+        x_kind,
+        x_levels,
+        planes,
+        w_grid,
+        w_kind,
+        w_levels,
+        bias,
+        scale,
+        shift,
+        lower,
+        upper,
+        out_grid,
+        out_kind,
+        out_levels,
+        out_dtype,
+    )
 
 
 def output_dtype(x: Tensor, out_grid: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
