@@ -47,9 +47,14 @@ class RowUnpacker {
     return 16 * lane + 2 * kGroups * (step / kGroups) + kGroups * half + step % kGroups;
   }
 
+  // Codes that were unpacked `scaled` are 2^scale(step) times as large in this step of a block: those that share a byte need
+  // no shift then, but the highest, which would have a sign.
+  static constexpr int kGroups = kBits <= 2 ? 8 / kBits : kBits <= 4 ? 2 : 1;  // codes that a byte is made for below
+  static constexpr int scale(int step) { return step % kGroups == 0 ? 0 : place(step); }
+
   // Calls f(k, step, codes less kZero) for the steps of the blocks of these words of a row, of which k counts the codes;
   // each block in the order that source() tells, past the row's end codes 0. Returns the sum of the codes.
-  template <class F>
+  template <bool kScaled = false, class F>
   QK_INLINED int64_t unpack(int64_t row, int64_t first_word, int64_t last_word, const F& f) const {
     __m512i ones[kBits] = {};
     for (int64_t word = first_word, k = 0; word < last_word; word += kLanes) {
@@ -62,7 +67,7 @@ class RowUnpacker {
       }
       // The digits 00, 01, 11 of ternary codes become binary ones.
       if (kBits == 2 && kind_ == Kind::kTernary) digits[0] = _mm512_xor_si512(digits[0], digits[1]);
-      codes_of(digits, steps);
+      codes_of<kScaled>(digits, steps);
 #pragma GCC unroll 8
       for (int step = 0; step < 8; ++step, k += kStepCodes) f(k, step, steps[step]);
     }
@@ -74,12 +79,14 @@ class RowUnpacker {
   }
 
  private:
-  static constexpr int kWidth = kBits <= 2 ? kBits : kBits <= 4 ? 4 : 8;  // bits that a code takes below
-  static constexpr int kGroups = 8 / kWidth;
+  static constexpr int kWidth = 8 / kGroups;  // bits that a code takes there
+  // Where in its byte a code of this step lies, the first one highest.
+  static constexpr int place(int step) { return 8 - kWidth * (step % kGroups + 1); }
 
   // An affine map over GF(2) of the unit matrix transposes bits: eight bytes, which are digits kWidth - 1 to 0 of kGroups
   // times eight codes, become eight bytes of kGroups codes each. Its constant inverts the highest bit, which takes 128 from
   // an unsigned byte to make a signed one.
+  template <bool kScaled>
   QK_INLINED static void codes_of(const __m512i (&digits)[kMaxBits], __m512i (&steps)[8]) {
     const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
     __m512i bytes[kWidth];
@@ -87,8 +94,9 @@ class RowUnpacker {
 #pragma GCC unroll 8
     for (int step = 0; step < 8; ++step) {
       const __m512i codes = _mm512_gf2p8affine_epi64_epi8(unit, bytes[step / kGroups], kZero);
-      const __m512i shifted = _mm512_srli_epi16(codes, 8 - kWidth * (step % kGroups + 1));
-      steps[step] = kWidth == 8 ? codes : _mm512_and_si512(shifted, _mm512_set1_epi8((1 << kWidth) - 1));
+      const int left = kScaled ? scale(step) : 0;
+      const __m512i shifted = _mm512_srli_epi16(codes, place(step) - left);
+      steps[step] = kWidth == 8 ? codes : _mm512_and_si512(shifted, _mm512_set1_epi8(((1 << kWidth) - 1) << left));
     }
   }
 
@@ -349,24 +357,28 @@ class FewRows {
   // Codes that are multiplied by so few rows need not leave the registers.
   template <int kRows, class Unpacker>
   void multiply_at_once(const Unpacker& unpacker) {
-    constexpr int kChains = kAtOnce / kRows;  // as a product waits four cycles for the one before it in its sum
+    constexpr bool kScaled = Unpacker::kGroups * kRows <= kRegisters / 2;
+    // A product waits four cycles for the one before it in its sum.
+    constexpr int kChains = std::max(kScaled ? Unpacker::kGroups : 1, kAtOnce / kRows);
     for_each_tile([&](int64_t first, int64_t last) {
       const uint8_t* const activations = activations_.data();
       const int64_t stride = stride_;
       for (int64_t row = first; row < last; ++row) {
         __m512i sums[kChains][kRows] = {};
-        weights_.tap_sums[row] = unpacker.unpack(row, 0, args_.words, [&](int64_t k, int step, __m512i codes) QK_INLINED {
+        const auto multiply = [&](int64_t k, int step, __m512i codes) QK_INLINED {
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
             __m512i& sum = sums[step % kChains][r];
             sum = _mm512_dpbusd_epi32(sum, _mm512_load_si512(activations + r * stride + k), codes);
           }
-        });
+        };
+        weights_.tap_sums[row] = unpacker.template unpack<kScaled>(row, 0, args_.words, multiply);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          __m512i sum = sums[0][r];
-#pragma GCC unroll 4
-          for (int chain = 1; chain < kChains; ++chain) sum = _mm512_add_epi32(sum, sums[chain][r]);
+          __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 8
+          for (int chain = 0; chain < kChains; ++chain)
+            sum = _mm512_add_epi32(sum, _mm512_srli_epi32(sums[chain][r], kScaled ? Unpacker::scale(chain) : 0));
           dots_[r * slots_ + row] = _mm512_reduce_add_epi32(sum);
         }
       }
