@@ -462,15 +462,17 @@ class BlockSums {
 
   ColumnSums<Op> of(int64_t block) const { return ColumnSums<Op>(values_ + block * size_); }
 
-  void finish(int64_t block) {
+  // Returns whether it was the last one, and all are merged.
+  bool finish(int64_t block) {
     for (int64_t width = 1; width < walk_.pieces; width *= 2) {
       const int64_t left = block / (2 * width) * 2 * width, right = left + width;
       if (right < walk_.pieces) {
-        if (arrived_[right].fetch_add(1, std::memory_order_acq_rel) == 0) return;
+        if (arrived_[right].fetch_add(1, std::memory_order_acq_rel) == 0) return false;
         merge(of(left), of(right));
       }
       block = left;
     }
+    return true;
   }
 
  private:
@@ -697,17 +699,20 @@ void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable
     });
   } else {
     BlockSums<Op> sums(walk);
+    const auto take = [&] {
+      if constexpr (kFinishes<Op>)
+        if (totals == nullptr) return finish_columns(layout, op, sums.of(0));
+      combine_columns<Op>(layout, walk, sums.of(0), totals);
+    };
     parallel_for(walk.pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         run_block(layout, walk, table, op, block * walk.piece, std::min((block + 1) * walk.piece, walk.rows),
                   sums.of(block));
-        sums.finish(block);
+        if (sums.finish(block)) take();  // by the thread that has them in its cache
       }
       finish_streams();
     });
-    if constexpr (kFinishes<Op>)
-      if (totals == nullptr) return finish_columns(layout, op, sums.of(0));
-    combine_columns<Op>(layout, walk, sums.of(0), totals);
+    if (walk.pieces == 0) take();
   }
 }
 
