@@ -242,7 +242,9 @@ class FewRows {
 
   void run(const Plan& plan, const Window& window) {
     counts(args_, count_) ? count() : multiply();
-    finish(plan, Epilogue(args_, plan, weights_, window));
+    Epilogue epilogue(args_, plan, window);
+    epilogue.take_taps(weights_, 0, slots_);
+    finish(plan, epilogue);
   }
 
  private:

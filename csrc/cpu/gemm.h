@@ -177,6 +177,58 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
   parallel_for(plan.groups * blocks * chunks, 1, tasks, products > kLarge ? 4 : 1);
 }
 
+#if defined(__AVX512F__)
+// Whether a product is one of multiply_panels(): rows that lie in memory as they are, and panels for many threads.
+inline bool suits_panels(const Plan& plan) {
+  return plan.path == Path::kRows && plan.groups == 1 && plan.depth > 0 && !plan.wide && !plan.by_planes() &&
+         plan.panels() >= 16;
+}
+
+// Each panel made by the thread that multiplies all rows with it, and not kept: it is read from the second-level cache, and
+// no memory is written for it.
+template <class Source>
+void multiply_panels(const LowbitArgs& args, const Plan& plan, const Window& window, const Source& source) {
+  const int64_t pixels = args.geometry.batch * args.geometry.out_height * args.geometry.out_width;
+  Rows<uint8_t> rows(pixels, 0);
+  source.fill(0, pixels, 0, rows);
+  Buffer<int32_t> sums(pixels);
+  parallel_for(pixels, std::max<int64_t>(1, (1 << 16) / plan.depth), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sums[i] = static_cast<int32_t>(sum_codes(rows.row[i], plan.depth));
+  });
+  Weights weights;
+  weights.zero = zero_of(args);
+  weights.tap_sums = Buffer<int64_t>(plan.slots());
+  Epilogue epilogue(args, plan, window);
+  const Output output(args);
+  parallel_for(plan.panels(), 1, [&](int64_t begin, int64_t end) {
+    const TurnedPlanes turned(args);
+    Buffer<Weight> panel(kPanelLanes * plan.steps() * kDepth);
+    const int64_t padded = round_up(plan.block, kLanes);
+    Buffer<float> staged(padded * kPanelLanes), scratch(padded * kPanelLanes);
+    int32_t dots[kTileRows * kPanelLanes];
+    for (int64_t index = begin; index < end; ++index) {
+      const int vectors = static_cast<int>(std::min<int64_t>(kTileVectors, plan.group_vectors - index * kTileVectors));
+      expand_panel(args, plan, 0, index, turned, panel.data(), weights);
+      epilogue.take_taps(weights, index * kPanelLanes, index * kPanelLanes + vectors * kLanes);
+      const int64_t channel = index * kPanelLanes, columns = std::min<int64_t>(kPanelLanes, plan.group_channels - channel);
+      for (int64_t pixel = 0; pixel < pixels; pixel += plan.block) {
+        const int64_t count = std::min(plan.block, pixels - pixel);
+        for (int64_t first = 0; first < count; first += kTileRows) {
+          const int tile = static_cast<int>(std::min<int64_t>(kTileRows, count - first));
+          with_tile(tile, vectors, [&]<int R, int V>() {
+            dot_tile<R, V>(rows.row.data() + pixel + first, panel.data(), plan.steps(), dots);
+          });
+          for (int r = 0; r < tile; ++r)
+            epilogue.finish<int32_t, 0>(dots + r * vectors * kLanes, sums.data() + pixel + first + r, weights.zero, 0,
+                                        channel, vectors * kLanes, staged.data() + (first + r) * kPanelLanes);
+        }
+        output.write(staged.data(), pixel, count, channel, columns, scratch.data());
+      }
+    }
+  });
+}
+#endif
+
 template <class Source>
 void run_gemm(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue& epilogue,
               const Source& source) {

@@ -165,20 +165,6 @@ void unpack_codes(const LowbitArgs& args, const Plan& plan, const WeightVector& 
 }
 
 #if defined(__AVX512F__)
-// Planes of the vectors of a panel, with the words of a vector's channels side by side.
-struct TurnedPlanes {
-  explicit TurnedPlanes(const LowbitArgs& args)
-      : bits(args.w_bits),
-        stride((args.words + 1) * kLanes),  // a cache line more: planes a power of two apart would share few
-        words(kTileVectors * bits * stride) {}
-
-  uint32_t* of(int64_t vector) const { return words.data() + vector * bits * stride; }
-
-  int64_t bits;
-  int64_t stride;          // of planes, in words
-  Buffer<uint32_t> words;  // [kTileVectors][bits][stride]: [args.words][kLanes]
-};
-
 // The words of each plane of kLanes channels.
 void turn_planes(const LowbitArgs& args, const Plan& plan, const WeightVector& v, const TurnedPlanes& turned) {
   const int64_t first_row = v.group * plan.group_channels + v.first, words = args.words;
@@ -306,16 +292,16 @@ void expand_planes(Kind kind, const TurnedPlanes& turned, int64_t count, int64_t
   }
 }
 
-// As unpack_codes() for all vectors of a panel, but not for depthwise windows: codes are made where they belong.
+}  // namespace
+
 void expand_panel(const LowbitArgs& args, const Plan& plan, int64_t group, int64_t index, const TurnedPlanes& turned,
-                  Weights& weights) {
+                  Weight* to, Weights& weights) {
   const int64_t first = index * kTileVectors, vectors = std::min<int64_t>(kTileVectors, plan.group_vectors - first);
   for (int64_t vector = first; vector < first + vectors; ++vector) {
     const WeightVector v(plan, group * plan.group_vectors + vector);
     turn_planes(args, plan, v, turned);
     sum_taps(args, plan, v, turned, weights);
   }
-  Weight* const to = const_cast<Weight*>(weights.panel(plan, group, index));
   constexpr auto by_planes = []<int... kIndex>(std::integer_sequence<int, kIndex...>) {
     return std::array{&expand_planes<kIndex + 1>...};
   }(std::make_integer_sequence<int, kMaxBits>{});
@@ -329,6 +315,8 @@ void expand_panel(const LowbitArgs& args, const Plan& plan, int64_t group, int64
     }
   }
 }
+
+namespace {
 #endif
 
 void arrange_planes(const LowbitArgs& args, const Plan& plan, const WeightVector& v, WeightScratch& scratch,
@@ -355,14 +343,14 @@ void arrange_planes(const LowbitArgs& args, const Plan& plan, const WeightVector
   }
 }
 
-// SW of every slot over the taps [rows] x [columns]; tap_sums [taps][slots].
-void add_tap_sums(const int64_t* tap_sums, int64_t slots, int64_t kernel_width, TapRange rows, TapRange columns,
-                  int64_t* sums) {
-  std::fill(sums, sums + slots, 0);
+// SW of `count` slots over the taps [rows] x [columns]; tap_sums [taps][slots], from the first of them on.
+void add_tap_sums(const int64_t* tap_sums, int64_t slots, int64_t count, int64_t kernel_width, TapRange rows,
+                  TapRange columns, int64_t* sums) {
+  std::fill(sums, sums + count, 0);
   for (int64_t kh = rows.first; kh < rows.last; ++kh)
     for (int64_t kw = columns.first; kw < columns.last; ++kw) {
       const int64_t* const tap = tap_sums + (kh * kernel_width + kw) * slots;
-      for (int64_t s = 0; s < slots; ++s) sums[s] += tap[s];
+      for (int64_t s = 0; s < count; ++s) sums[s] += tap[s];
     }
 }
 
@@ -444,7 +432,7 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
   const ConvGeometry& g = args.geometry;
   const int64_t taps = g.kernel_height * g.kernel_width, slots = plan.slots(), digits = std::max(plan.w_digits, 1);
   Weights weights;
-  weights.zero = sizeof(Weight) == 1 && args.w_levels > 127 && !plan.by_planes() ? 128 : 0;
+  weights.zero = plan.by_planes() ? 0 : zero_of(args);
   weights.tap_sums = Buffer<int64_t>(digits * taps * slots);
   weights.tap_sums.clear();
   if (plan.path == Path::kDepthwise) {
@@ -460,7 +448,10 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
   if (!plan.by_planes() && plan.path != Path::kDepthwise) {
     parallel_for(plan.groups * plan.panels(), divide_up(grain, kTileVectors), [&](int64_t begin, int64_t end) {
       const TurnedPlanes turned(args);
-      for (int64_t i = begin; i < end; ++i) expand_panel(args, plan, i / plan.panels(), i % plan.panels(), turned, weights);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t group = i / plan.panels(), index = i % plan.panels();
+        expand_panel(args, plan, group, index, turned, const_cast<Weight*>(weights.panel(plan, group, index)), weights);
+      }
     });
     return weights;
   }
@@ -473,8 +464,10 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
   return weights;
 }
 
-Epilogue::Epilogue(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Window& window)
-    : x_digits_(plan.x_digits),
+Epilogue::Epilogue(const LowbitArgs& args, const Plan& plan, const Window& window)
+    : args_(args),
+      window_(window),
+      x_digits_(plan.x_digits),
       activation_step_(plan.by_planes() ? 1.0f : args.epilogue.x_grid[1]),
       lower_(args.epilogue.lower),
       upper_(args.epilogue.upper),
@@ -497,37 +490,36 @@ Epilogue::Epilogue(const LowbitArgs& args, const Plan& plan, const Weights& weig
   if (e.scale) scale_ = by_slot([&](int64_t c) { return e.scale[c]; });
   if (e.shift) shift_ = by_slot([&](int64_t c) { return e.shift[c]; });
 
-  std::vector<Buffer<float>> digit_steps;  // of the weight
   for (int i = 0; i < plan.w_digits; ++i)
-    digit_steps.push_back(by_slot([&](int64_t c) { return step_of_digit(args.w_kind, row(c), i); }));
+    digit_steps_.push_back(by_slot([&](int64_t c) { return step_of_digit(args.w_kind, row(c), i); }));
   for (int j = 0; j < plan.x_digits; ++j) activation_steps_[j] = step_of_digit(args.x_kind, e.x_grid, j);
   pair_steps_ = Buffer<float>(plan.w_digits * plan.x_digits * slots_);
   for (int i = 0; i < plan.w_digits; ++i)
     for (int j = 0; j < plan.x_digits; ++j)
       for (int64_t s = 0; s < slots_; ++s)
-        pair_steps_[(i * x_digits_ + j) * slots_ + s] = pair_step(digit_steps[i][s], activation_steps_[j]);
-  if (!plan.by_planes()) digit_steps.push_back(by_slot([&](int64_t c) { return row(c)[1]; }));  // of whole codes
-  find_window_terms(args, weights, window, digit_steps);
+        pair_steps_[(i * x_digits_ + j) * slots_ + s] = pair_step(digit_steps_[i][s], activation_steps_[j]);
+  if (!plan.by_planes()) digit_steps_.push_back(by_slot([&](int64_t c) { return row(c)[1]; }));
+  window_terms_ = Buffer<float>(window.count() * slots_);
 }
 
-void Epilogue::find_window_terms(const LowbitArgs& args, const Weights& weights, const Window& window,
-                                 const std::vector<Buffer<float>>& digit_steps) {
-  const ConvGeometry& g = args.geometry;
-  const int64_t plane = g.kernel_height * g.kernel_width * slots_;
-  window_terms_ = Buffer<float>(window.count() * slots_);
-  std::vector<int64_t> sums(slots_);
-  std::vector<float> total(slots_);
-  int64_t index = 0;
-  for (const TapRange& rows : window.rows.ranges)
-    for (const TapRange& columns : window.columns.ranges) {
+void Epilogue::take_taps(const Weights& weights, int64_t first, int64_t last) {
+  const ConvGeometry& g = args_.geometry;
+  const int64_t count = last - first, plane = g.kernel_height * g.kernel_width * slots_;
+  std::vector<int64_t> sums(count);
+  std::vector<float> total(count);
+  float* terms = window_terms_.data() + first;
+  for (const TapRange& rows : window_.rows.ranges)
+    for (const TapRange& columns : window_.columns.ranges) {
       std::fill(total.begin(), total.end(), 0.0f);
-      for (size_t i = 0; i < digit_steps.size(); ++i) {
-        add_tap_sums(weights.tap_sums.data() + i * plane, slots_, g.kernel_width, rows, columns, sums.data());
-        for (int64_t s = 0; s < slots_; ++s) total[s] = add_digit(total[s], digit_steps[i][s], static_cast<float>(sums[s]));
+      for (size_t i = 0; i < digit_steps_.size(); ++i) {
+        add_tap_sums(weights.tap_sums.data() + i * plane + first, slots_, count, g.kernel_width, rows, columns, sums.data());
+        for (int64_t s = 0; s < count; ++s)
+          total[s] = add_digit(total[s], digit_steps_[i][first + s], static_cast<float>(sums[s]));
       }
       const float taps = static_cast<float>(rows.count() * columns.count() * (g.in_channels / g.groups));
-      for (int64_t s = 0; s < slots_; ++s)
-        window_terms_[index++] = window_term(total[s], taps, args.epilogue.x_grid[0], 1.0f, offset_[s]);
+      for (int64_t s = 0; s < count; ++s)
+        terms[s] = window_term(total[s], taps, args_.epilogue.x_grid[0], 1.0f, offset_[first + s]);
+      terms += slots_;
     }
 }
 

@@ -88,10 +88,37 @@ struct Weights {
 
 Weights unpack_weights(const LowbitArgs& args, const Plan& plan);
 
+// What codes lose to become weights, for those above 127 do not fit signed bytes.
+inline int32_t zero_of(const LowbitArgs& args) { return sizeof(Weight) == 1 && args.w_levels > 127 ? 128 : 0; }
+
+#if defined(__AVX512F__)
+// Planes of the vectors of a panel, with the words of a vector's channels side by side.
+struct TurnedPlanes {
+  explicit TurnedPlanes(const LowbitArgs& args)
+      : bits(args.w_bits),
+        stride((args.words + 1) * kLanes),  // a cache line more: planes a power of two apart would share few
+        words(kTileVectors * bits * stride) {}
+
+  uint32_t* of(int64_t vector) const { return words.data() + vector * bits * stride; }
+
+  int64_t bits;
+  int64_t stride;          // of planes, in words
+  Buffer<uint32_t> words;  // [kTileVectors][bits][stride]: [args.words][kLanes]
+};
+
+// One panel as unpack_weights() makes it, and the tap_sums of its slots: not by planes, and not for depthwise windows.
+void expand_panel(const LowbitArgs& args, const Plan& plan, int64_t group, int64_t index, const TurnedPlanes& turned,
+                  Weight* to, Weights& weights);
+#endif
+
 // Tables by slot, and the formulas of core/algebra.h lane by lane.
 class Epilogue {
  public:
-  Epilogue(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Window& window);
+  // To be given the taps of all slots before they are finished. args and window must outlive it.
+  Epilogue(const LowbitArgs& args, const Plan& plan, const Window& window);
+
+  // Of slots [first, last): what their weights add whatever the activation.
+  void take_taps(const Weights& weights, int64_t first, int64_t last);
 
   // y[n] from the sums of n slots, n a multiple of kLanes. Sum: int32_t or int64_t; float by planes, with the steps in it.
   // kStride is 0 where all slots share one sum of activations, else 1.
@@ -104,15 +131,15 @@ class Epilogue {
   float activation_step(int j) const { return activation_steps_[j]; }
 
  private:
-  void find_window_terms(const LowbitArgs& args, const Weights& weights, const Window& window,
-                         const std::vector<Buffer<float>>& digit_steps);
-
+  const LowbitArgs& args_;
+  const Window& window_;
   int x_digits_;
   float activation_steps_[kMaxBits];
   float activation_step_, lower_, upper_;
   bool has_bias_, has_scale_;
   int64_t slots_;
   Buffer<float> step_, offset_, bias_, scale_, shift_;  // [slots]
+  std::vector<Buffer<float>> digit_steps_;              // of the weight, or of whole codes
   Buffer<float> pair_steps_;                            // [w_digits][x_digits][slots]
   Buffer<float> window_terms_;                          // [classes][slots]: oa*(sw*SW + ow*V)
 };

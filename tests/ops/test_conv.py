@@ -221,6 +221,15 @@ def test_a_batch_that_many_tasks_share(layout):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("w_quantizer", [(Kind.UNIFORM, 3), (Kind.UNIFORM, 255)], ids=str)
+def test_a_window_of_one_pixel_and_many_channels(layout, w_quantizer):
+    problem = LowbitProblem(
+        (3, 70, 9, 11), 1050, (1, 1), (2, 2), w_quantizer=w_quantizer, layout=layout, extras="bs", special=False
+    )
+    assert_bit_equal(ops.lowbit_conv2d(*problem.arguments()), reference.lowbit_conv2d(*problem.arguments()))
+
+
 def test_friendly_sizes():
     problem = LowbitProblem((2, 4, 9, 8), 5, (3, 3), (2, 2), (1, 1, 1, 1), special=False)
     head, full = problem.arguments()[:8], ops.lowbit_conv2d(*problem.arguments())

@@ -79,6 +79,14 @@ def test_one_or_two_bits_by_any_number_of_rows(rows, x_quantizer, w_quantizer):
     assert_bit_equal(ops.lowbit_linear(*problem.arguments()), reference.lowbit_linear(*problem.arguments()))
 
 
+@pytest.mark.parametrize("w_quantizer", [*BITS, (Kind.BINARY, 1), (Kind.TERNARY, 2)], ids=str)
+def test_many_rows_by_many_channels(w_quantizer):
+    # Where there are enough of both, the CPU's threads arrange weights each for themselves.
+    for features, channels, extras in ((545, 1024, "b"), (100, 1030, "bsc"), (64, 1500, "bo")):
+        problem = LowbitProblem((77, features), channels, w_quantizer=w_quantizer, extras=extras)
+        assert_bit_equal(ops.lowbit_linear(*problem.arguments()), reference.lowbit_linear(*problem.arguments()))
+
+
 @pytest.mark.parametrize("w_quantizer", BITS, ids=str)
 @pytest.mark.parametrize("x_quantizer", BITS, ids=str)
 def test_every_pair_of_bit_widths(x_quantizer, w_quantizer):
