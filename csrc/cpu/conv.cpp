@@ -219,12 +219,13 @@ void lowbit_conv2d(const LowbitArgs& args) {
   const Codes codes = encode_activation(args, plan);
   const Window window(g);
 #if defined(__AVX512F__)
-  if (const int64_t pixels = g.batch * g.out_height * g.out_width; FewRows::suits(args, plan, pixels)) {
+  const int64_t pixels = g.batch * g.out_height * g.out_width;
+  if (FewRows::suits(args, plan, pixels)) {
     Rows<uint8_t> rows(pixels, 0);
     RowSource{g, codes.data}.fill(0, pixels, 0, rows);
     return FewRows(args, plan, rows.row.data(), pixels).run(plan, window);
   }
-  if (suits_panels(plan)) return multiply_panels(args, plan, window, RowSource{g, codes.data});
+  if (suits_panels(plan, pixels)) return multiply_panels(args, plan, window, RowSource{g, codes.data});
 #endif
   const Weights weights = unpack_weights(args, plan);
   Epilogue epilogue(args, plan, window);

@@ -178,10 +178,12 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
 }
 
 #if defined(__AVX512F__)
-// Whether a product is one of multiply_panels(): rows that lie in memory as they are, and panels for many threads.
-inline bool suits_panels(const Plan& plan) {
+// Whether a product is one of multiply_panels(): rows that lie in memory as they are, panels for many threads, and not so
+// many rows that to read them again for each panel costs more than to arrange the weights.
+inline bool suits_panels(const Plan& plan, int64_t pixels) {
+  constexpr int64_t kFewest = 16, kMostRows = 4096;
   return plan.path == Path::kRows && plan.groups == 1 && plan.depth > 0 && !plan.wide && !plan.by_planes() &&
-         plan.panels() >= 16;
+         plan.panels() >= kFewest && pixels <= kMostRows;
 }
 
 // Each panel made by the thread that multiplies all rows with it, and not kept: it is read from the second-level cache, and
