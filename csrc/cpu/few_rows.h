@@ -8,6 +8,7 @@
 #include "cpu/lowbit.h"
 #include "cpu/parallel.h"
 #include "cpu/popcount.h"
+#include "cpu/transpose.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 
@@ -110,23 +111,7 @@ class RowUnpacker {
     } else if constexpr (kWidth == 4) {
       interleave_four(digits, bytes);
     } else {
-      __m512i high[4], low[4];
-      interleave_four(digits + 4, high);
-      interleave_four(digits, low);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        bytes[2 * i] = _mm512_unpacklo_epi32(high[i], low[i]);
-        bytes[2 * i + 1] = _mm512_unpackhi_epi32(high[i], low[i]);
-      }
-    }
-  }
-  QK_INLINED static void interleave_four(const __m512i* digits, __m512i (&fours)[4]) {
-    const __m512i high[] = {_mm512_unpacklo_epi8(digits[3], digits[2]), _mm512_unpackhi_epi8(digits[3], digits[2])};
-    const __m512i low[] = {_mm512_unpacklo_epi8(digits[1], digits[0]), _mm512_unpackhi_epi8(digits[1], digits[0])};
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      fours[2 * half] = _mm512_unpacklo_epi16(high[half], low[half]);
-      fours[2 * half + 1] = _mm512_unpackhi_epi16(high[half], low[half]);
+      interleave_eight(digits, bytes);
     }
   }
 

@@ -231,31 +231,18 @@ QK_INLINED inline void expand_word(const uint32_t* words, int64_t plane, const _
     // Part b of 128 bits: byte b of each word.
     const __m512i order = _mm512_set_epi64(0x3f3b37332f2b2723, 0x1f1b17130f0b0703, 0x3e3a36322e2a2622, 0x1e1a16120e0a0602,
                                            0x3d3935312d292521, 0x1d1915110d090501, 0x3c3834302c282420, 0x1c1814100c080400);
-    __m512i a[8] = {}, b[8];
+    __m512i digits[8] = {}, codes[8], a[8];
     unrolled<kPlanes>([&](int p) QK_INLINED {
-      a[8 - kPlanes + p] = _mm512_permutexvar_epi8(order, _mm512_load_si512(words + p * plane));
+      digits[kPlanes - 1 - p] = _mm512_permutexvar_epi8(order, _mm512_load_si512(words + p * plane));
     });
-    // There the eight planes' bytes of a channel side by side, which are eight of its codes:
-    unrolled<4>([&](int i) QK_INLINED {
-      b[2 * i] = _mm512_unpacklo_epi8(a[2 * i], a[2 * i + 1]);
-      b[2 * i + 1] = _mm512_unpackhi_epi8(a[2 * i], a[2 * i + 1]);
-    });
-    unrolled<4>([&](int i) QK_INLINED {
-      const int first = i / 2 * 4 + i % 2;
-      a[i / 2 * 4 + i % 2 * 2] = _mm512_unpacklo_epi16(b[first], b[first + 2]);
-      a[i / 2 * 4 + i % 2 * 2 + 1] = _mm512_unpackhi_epi16(b[first], b[first + 2]);
-    });
-    unrolled<4>([&](int i) QK_INLINED {
-      b[2 * i] = transposed_bits(_mm512_unpacklo_epi32(a[i], a[i + 4]));
-      b[2 * i + 1] = transposed_bits(_mm512_unpackhi_epi32(a[i], a[i + 4]));
-    });
+    // There the bytes of a channel side by side, which the map makes eight of its codes.
+    interleave_eight(digits, codes);
+    unrolled<8>([&](int i) QK_INLINED { codes[i] = transposed_bits(codes[i]); });
     // Four of these a step, and from parts of the same number to a register.
-    const auto apart = [](__m512i x, __m512i y, auto which) QK_INLINED {
-      return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), which()));
-    };
     unrolled<4>([&](int i) QK_INLINED {
-      a[i] = apart(b[2 * i], b[2 * i + 1], [] { return 0x88; });
-      a[i + 4] = apart(b[2 * i], b[2 * i + 1], [] { return 0xdd; });
+      const __m512 x = _mm512_castsi512_ps(codes[2 * i]), y = _mm512_castsi512_ps(codes[2 * i + 1]);
+      a[i] = _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88));
+      a[i + 4] = _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd));
     });
     unrolled<2>([&](int half) QK_INLINED {
       const __m512i* const four = a + 4 * half;

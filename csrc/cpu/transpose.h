@@ -68,4 +68,28 @@ inline void transpose_bytes(const uint8_t* in, int64_t in_stride, uint8_t* out, 
 #endif
 }
 
+#if defined(__AVX512F__)
+// Byte i of each of four registers side by side, the last register's first, in the order of i within parts of 128 bits.
+QK_INLINED inline void interleave_four(const __m512i* bytes, __m512i (&fours)[4]) {
+  const __m512i high[] = {_mm512_unpacklo_epi8(bytes[3], bytes[2]), _mm512_unpackhi_epi8(bytes[3], bytes[2])};
+  const __m512i low[] = {_mm512_unpacklo_epi8(bytes[1], bytes[0]), _mm512_unpackhi_epi8(bytes[1], bytes[0])};
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    fours[2 * half] = _mm512_unpacklo_epi16(high[half], low[half]);
+    fours[2 * half + 1] = _mm512_unpackhi_epi16(high[half], low[half]);
+  }
+}
+// The same of eight.
+QK_INLINED inline void interleave_eight(const __m512i (&bytes)[8], __m512i (&eights)[8]) {
+  __m512i high[4], low[4];
+  interleave_four(bytes + 4, high);
+  interleave_four(bytes, low);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    eights[2 * i] = _mm512_unpacklo_epi32(high[i], low[i]);
+    eights[2 * i + 1] = _mm512_unpackhi_epi32(high[i], low[i]);
+  }
+}
+#endif
+
 }  // namespace qk::cpu::QK_CPU_ISA
