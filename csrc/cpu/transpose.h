@@ -1,5 +1,6 @@
 #pragma once
-// Square blocks turned in registers: what it takes to go between channels-first tensors and channels-last kernels.
+// Square blocks turned in registers, what it takes to go between channels-first tensors and channels-last kernels, and bytes
+// of several registers put side by side.
 
 #include <cstdint>
 #include <cstring>
