@@ -20,6 +20,7 @@ from .convert import (
     switch_batch_norms,
 )
 from .ops import backend, plan
+from .pass_codes import pass_codes
 from .quantizers import (
     BWN,
     HWGQ,
@@ -71,6 +72,7 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "pass_codes",
     "plan",
     "prepare",
     "save",

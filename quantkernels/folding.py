@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from .nn import PackedLayer, QConv2d, QuantizedLayer, SwitchableBatchNorm2d
-from .quantizers import Quantizer
+from .nn import QConv2d, SwitchableBatchNorm2d
+from .tracing import only_input, traced_parts
 
 FoldPlan = dict[str, str]
 """Name of a convolution -> name of the batch-norm to fold into it."""
@@ -17,82 +16,31 @@ FoldPlan = dict[str, str]
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-class LayerTracer(fx.Tracer):
-    """Traces a model down to its layers; quantized layers are not looked into."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether m is one node of the graph."""
-        opaque = (QuantizedLayer, PackedLayer, Quantizer, SwitchableBatchNorm2d)
-        return isinstance(m, opaque) or super().is_leaf_module(m, module_qualified_name)
-
-
 def plan_folds(model: nn.Module) -> FoldPlan:
-    """All batch-norms of a model in eval that can be folded.
-
-    Where the whole model cannot be traced (control flow that depends on data, say) its children are, each on its own,
-    on the assumption that they are called as modules and not taken apart by their parent.
-    """
-    uses = collections.Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    """All batch-norms of a model in eval that can be folded."""
     plan: FoldPlan = {}
-    _plan(model, "", uses, plan)
+    for part in traced_parts(model, BATCH_NORMS):
+        for node in part.graph.nodes:
+            source, norm = only_input(node), part.called_once(node)
+            conv = None if source is None or len(source.users) != 1 else part.called_once(source)
+            if source is not None and conv is not None and norm is not None and foldable(conv, norm):
+                plan[f"{part.prefix}{source.target}"] = f"{part.prefix}{node.target}"
     return plan
 
 
-def _plan(module: nn.Module, prefix: str, uses: collections.Counter[int], plan: FoldPlan) -> None:
-    if not any(isinstance(m, BATCH_NORMS) for m in module.modules()):
-        return
-    try:
-        graph = LayerTracer().trace(module)
-    except Exception:  # whatever a forward does when it meets a proxy
-        for name, child in module.named_children():
-            _plan(child, f"{prefix}{name}.", uses, plan)
-        return
-    for conv, norm in _pairs(module, graph):
-        if uses[id(module.get_submodule(conv))] == 1 and uses[id(module.get_submodule(norm))] == 1:
-            plan[prefix + conv] = prefix + norm
-
-
-def _pairs(module: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
-    calls = collections.Counter(node.target for node in graph.nodes if node.op == "call_module")
-    touched = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    pairs = []
-    for node in graph.nodes:
-        source = _only_input(node)
-        if node.op != "call_module" or source is None or source.op != "call_module" or len(source.users) != 1:
-            continue
-        conv, norm = str(source.target), str(node.target)
-        once = calls[conv] == 1 and calls[norm] == 1 and not touched & {conv, norm}
-        if once and foldable(module.get_submodule(conv), module.get_submodule(norm)):
-            pairs.append((conv, norm))
-    return pairs
-
-
-def _only_input(node: fx.Node) -> fx.Node | None:
-    if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
-        return node.args[0]
-    return None
-
-
 def foldable(conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether the second module is a plain or switchable batch-norm of the first one's channels, with statistics, and
-    neither has hooks."""
+    """Whether the second module is a plain or switchable batch-norm of the first one's channels, with statistics."""
     return (
         isinstance(conv, QConv2d)
         and conv.weight_quantizer is not None
         and all(type(plain) in BATCH_NORMS and plain.running_mean is not None for plain in plain_norms(norm))
         and bool(norm.num_features == conv.out_channels)
-        and not _hooked(conv)
-        and not _hooked(norm)
     )
 
 
 def plain_norms(norm: nn.Module) -> list[Any]:
     """The batch-norms that a switchable one consists of, highest bits first; of another module itself."""
     return list(norm.norms.values()) if isinstance(norm, SwitchableBatchNorm2d) else [norm]
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def batch_norm_scale_shift(norm: Any) -> tuple[Tensor, Tensor]:

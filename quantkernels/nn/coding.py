@@ -4,6 +4,7 @@ the same."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -41,6 +42,28 @@ class Epilogue(NamedTuple):
 
 
 NO_EPILOGUE = Epilogue()
+
+
+class Output(NamedTuple):
+    """What a layer gives: its results clamped to [lower, upper], or their codes where there is a coding."""
+
+    coding: Coding | None = None
+    lower: float = -math.inf
+    upper: float = math.inf
+
+    def arguments(self) -> dict[str, Any]:
+        """As the ops take them."""
+        grid, kind, levels = self.coding or (None, 0, 0)
+        return {
+            "lower": self.lower,
+            "upper": self.upper,
+            "out_grid": grid,
+            "out_kind": kind,
+            "out_levels": levels,
+        }
+
+
+RESULTS = Output()
 
 
 @dataclass(frozen=True)
@@ -88,14 +111,24 @@ def pad_sides(
 
 
 def conv_on_codes(
-    x: Tensor, activation: Coding, planes: Tensor, weight: Coding, geometry: Geometry, epilogue: Epilogue
+    x: Tensor,
+    activation: Coding,
+    planes: Tensor,
+    weight: Coding,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    output: Output = RESULTS,
 ) -> Tensor:
-    """x [N, C, H, W] or [C, H, W], floating: encoded, convolved exactly, one epilogue; in the dtype of x."""
+    """x [N, C, H, W] or [C, H, W], values or uint8 codes: encoded, convolved exactly, one epilogue.
+
+    In the dtype of x, float32 where x is codes; or uint8 codes.
+    """
     if x.dim() == 3:
-        return conv_on_codes(x[None], activation, planes, weight, geometry, epilogue)[0]
+        return conv_on_codes(x[None], activation, planes, weight, geometry, epilogue, output)[0]
     padding = geometry.padding
     if geometry.padding_mode != "zeros":
         x, padding = geometry.pad(x), (0, 0, 0, 0)
+    rest: dict[str, Any] = {**epilogue._asdict(), **output.arguments()}
     return ops.lowbit_conv2d(
         x,
         *activation,
@@ -106,7 +139,7 @@ def conv_on_codes(
         padding=padding,
         dilation=geometry.dilation,
         groups=geometry.groups,
-        **epilogue._asdict(),
+        **rest,
     )
 
 
@@ -125,9 +158,12 @@ def conv_on_floats(x: Tensor, weight: Tensor, geometry: Geometry, epilogue: Epil
     return affine(y, epilogue, -3)
 
 
-def linear_on_codes(x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue) -> Tensor:
-    """x [..., in_features], floating: encoded, multiplied exactly, one epilogue; in the dtype of x."""
-    return ops.lowbit_linear(x, *activation, planes, *weight, **epilogue._asdict())
+def linear_on_codes(
+    x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue, output: Output = RESULTS
+) -> Tensor:
+    """x [..., in_features], values or uint8 codes: encoded, multiplied exactly, one epilogue; dtypes as above."""
+    rest: dict[str, Any] = {**epilogue._asdict(), **output.arguments()}
+    return ops.lowbit_linear(x, *activation, planes, *weight, **rest)
 
 
 def linear_on_floats(x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:

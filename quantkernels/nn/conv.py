@@ -93,7 +93,7 @@ class PackedConv2d(PackedLayer):
     """A convolution whose weight is bit-planes only; made by `convert`, `load` or `PackedConv2d.pack`.
 
     planes int32 [bits, out_channels, words], a row in (kh, kw, cin / groups) order; the rest is in
-    PackedLayer. x [N, in_channels, H, W] or [in_channels, H, W]; the output has the dtype of x.
+    PackedLayer. x [N, in_channels, H, W] or [in_channels, H, W]; the output has the dtype of x (`pass_codes` apart).
     """
 
     def __init__(
@@ -123,7 +123,8 @@ class PackedConv2d(PackedLayer):
         activation = self.activation
         if activation is None:
             return conv_on_floats(x, self.decode_for(x), self.geometry, self.epilogue)
-        return conv_on_codes(x, activation, self.active_planes, self.weight_coding, self.geometry, self.epilogue)
+        weight, output = self.weight_coding, self.output_for(x)
+        return conv_on_codes(x, activation, self.active_planes, weight, self.geometry, self.epilogue, output)
 
     def extra_repr(self) -> str:
         """Shape, bits and what is folded in."""

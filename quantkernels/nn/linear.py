@@ -66,7 +66,7 @@ class QLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
 class PackedLinear(PackedLayer):
     """A linear layer whose weight is bit-planes only; made by `convert`, `load` or `PackedLinear.pack`.
 
-    planes int32 [bits, out_features, words]; x [..., in_features]; the output has the dtype of x.
+    planes int32 [bits, out_features, words]; x [..., in_features]; the output has the dtype of x (`pass_codes` apart).
     """
 
     def __init__(
@@ -97,7 +97,8 @@ class PackedLinear(PackedLayer):
         activation = self.activation
         if activation is None:
             return linear_on_floats(x, self.decode_for(x), self.epilogue)
-        return linear_on_codes(x, activation, self.active_planes, self.weight_coding, self.epilogue)
+        weight, output = self.weight_coding, self.output_for(x)
+        return linear_on_codes(x, activation, self.active_planes, weight, self.epilogue, output)
 
     def extra_repr(self) -> str:
         """Shape and bits."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops import Kind
 from ..ops.planes import BitPlanes
 from ..quantizers import Quantizer
-from .coding import Coding, Epilogue, Widths
+from .coding import RESULTS, Coding, Epilogue, Output, Widths
 from .layer import QuantizedLayer
 
 WORD = 32
@@ -93,6 +93,8 @@ class PackedLayer(nn.Module):
             check_tensor("activation grid", activation.grid, torch.float32, (*several, 1, columns))
             self.activation_kind, self.activation_levels = int(activation.kind), int(activation.levels)
         self.folded: str | None = None
+        self.taker: tuple[PackedLayer, ...] = ()  # in a tuple it is no submodule
+        self.clamp: Output = RESULTS
         self.weight_bits = bits
         """Bits of a weight code in use; there may be more planes where there are several `widths`."""
         self.activation_bits = None if activation is None else plane_count(activation.kind, activation.levels)
@@ -144,6 +146,17 @@ class PackedLayer(nn.Module):
             return Coding(self.activation_grid, self.activation_kind, self.activation_levels)
         grid = self.activation_grid[self.widths.activation.index(self.activation_bits)]
         return Coding(grid, self.activation_kind, 2**self.activation_bits - 1)
+
+    def give_codes(self, taker: PackedLayer, lower: float, upper: float) -> None:
+        """From now on clamp to [lower, upper], and give the codes that the next layer makes of that (`pass_codes`)."""
+        self.taker, self.clamp = (taker,), Output(None, lower, upper)
+
+    def output_for(self, x: Tensor) -> Output:
+        """What to give for an input x. What is float32 becomes the same codes here as in the next layer; of halves it
+        makes codes when they are rounded, so it is given halves."""
+        if self.taker and x.dtype in (torch.float32, torch.uint8):
+            return self.clamp._replace(coding=self.taker[0].activation)
+        return self.clamp
 
     def check_bits(self, role: str, bits: int) -> None:
         """Raises ValueError unless `set_bits(role, bits)` is possible."""
@@ -212,7 +225,8 @@ class PackedLayer(nn.Module):
         activation = "float" if self.activation_bits is None else f"{self.activation_bits} bits"
         text = f"weight={self.weight_bits} bits, activation={activation}, bias={self.bias is not None}"
         several = "" if self.widths is None else f", of {self.widths.weight}"
-        return text + several + (", folded" if self.scale is not None else "")
+        folded = ", folded" if self.scale is not None else ""
+        return text + several + folded + (", gives codes" if self.taker else "")
 
 
 def weight_at(layer: QuantizedLayer, bit_widths: Sequence[int] | None) -> tuple[Tensor, Coding]:
