@@ -6,7 +6,7 @@
 #include <bit>
 
 #include "cpu/bitplanes.h"
-#include "cpu/grid.h"
+#include "cpu/encoder.h"
 #include "cpu/split.h"
 
 namespace qk::cpu::QK_CPU_ISA {
@@ -15,13 +15,6 @@ namespace {
 inline constexpr int64_t kChunk = 2048;  // codes between encoding and packing: they stay in L1
 inline constexpr int64_t kGrainCodes = 1 << 15;
 static_assert(std::endian::native == std::endian::little, "a 64-bit word is stored as two 32-bit ones");
-
-// What a conversion to bytes, which rounds, makes the code.
-template <Kind kKind>
-inline Vec unrounded_code(Vec value, const GridVec& grid, Vec levels) {
-  if constexpr (kKind == Kind::kUniform) return clamp_code(position_of(value, grid), levels);
-  return code_of<kKind>(value, grid, levels);
-}
 
 template <Kind kKind, class T>
 struct Encode {
@@ -61,15 +54,6 @@ void pack_codes(const uint8_t* codes, int64_t n, Kind kind, int bits, int32_t* p
     std::memcpy(planes + plane * plane_stride, from, words_of(n) * sizeof(int32_t));
   }
 }
-
-#if defined(__AVX512F__)
-// What a conversion to bytes that also saturates below makes the code.
-template <Kind kKind>
-inline Vec unclamped_code(Vec value, const GridVec& grid, Vec levels) {
-  if constexpr (kKind == Kind::kUniform) return min(levels, position_of(value, grid));
-  return code_of<kKind>(value, grid, levels);
-}
-#endif
 
 // As many of the first n values as are whole blocks, from floats to planes; returns how many. Adds the ones to counts[bits],
 // bits <= kDigits.

@@ -177,7 +177,7 @@ class Depthwise {
     int32_t dots[kPanelLanes], sums[kPanelLanes];
     if (!plan_.by_planes()) {
       dot(codes_, first, weights, taps, lanes, dots, sums);
-      return epilogue_.finish<int32_t, 1>(dots, sums, 0, taps.window_class, channel, lanes, y);
+      return epilogue_.finish(Sums<int32_t, true>{dots, kPanelLanes, sums, &taps.window_class}, 1, channel, lanes, y);
     }
     const int64_t plane = g_.kernel_height * g_.kernel_width * plan_.slots();
     float products[kPanelLanes] = {}, activations[kPanelLanes] = {};
@@ -190,7 +190,7 @@ class Depthwise {
         const float own = epilogue_.activation_step(j);
         for (int64_t c = 0; c < lanes; ++c) activations[c] = add_digit(activations[c], own, static_cast<float>(sums[c]));
       }
-    epilogue_.finish<float, 1>(products, activations, 0, taps.window_class, channel, lanes, y);
+    epilogue_.finish(Sums<float, true>{products, kPanelLanes, activations, &taps.window_class}, 1, channel, lanes, y);
   }
 
   void dot(const uint8_t* codes, int64_t first, const int32_t* weights, const Taps& taps, int64_t lanes, int32_t* dots,

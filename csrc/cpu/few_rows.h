@@ -397,9 +397,8 @@ class FewRows {
       Buffer<float> staged(padded * kPanelLanes), turned(padded * kPanelLanes);
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t channel = panel * kPanelLanes, lanes = std::min<int64_t>(kPanelLanes, slots_ - channel);
-        for (int64_t i = 0; i < count_; ++i)
-          epilogue.finish<int32_t, 0>(dots_.data() + i * slots_ + channel, sums_.data() + i, weights_.zero, 0, channel,
-                                      lanes, staged.data() + i * kPanelLanes);
+        epilogue.finish(Sums<int32_t, false>{dots_.data() + channel, slots_, sums_.data(), nullptr, weights_.zero}, count_,
+                        channel, lanes, staged.data());
         output.write(staged.data(), 0, count_, channel,
                      std::min<int64_t>(kPanelLanes, args_.geometry.out_channels - channel), turned.data());
       }

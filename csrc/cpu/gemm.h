@@ -29,7 +29,7 @@ struct Rows {
 //
 //   using Code, Sum
 //   void take(const Rows<Code>& rows, int64_t count)     a new block
-//   Sum activations(int64_t row) const                   SA
+//   const Sum* activations() const                       SA, a row each
 //   void multiply(int64_t first, int count, int64_t group, int64_t panel, int vectors, Sum* dots)
 
 // Integer sums of codes. Sum is int64_t where K may overflow int32.
@@ -46,7 +46,7 @@ class CodeTiles {
     rows_ = rows.row.data();
     for (int64_t i = 0; i < count; ++i) sums_[i] = static_cast<Sum>(sum_codes(rows_[i], plan_.depth));
   }
-  Sum activations(int64_t row) const { return sums_[row]; }
+  const Sum* activations() const { return sums_.data(); }
 
   void multiply(int64_t first, int count, int64_t group, int64_t index, int vectors, Sum* dots) const {
     const Weight* const panel = weights_.panel(plan_, group, index);
@@ -101,7 +101,7 @@ class PlaneTiles {
         sums_[i] = add_digit(sums_[i], epilogue_.activation_step(j), static_cast<float>(ones[j]));
     }
   }
-  Sum activations(int64_t row) const { return sums_[row]; }
+  const Sum* activations() const { return sums_.data(); }
 
   void multiply(int64_t first, int count, int64_t group, int64_t index, int vectors, Sum* dots) const {
     const int lanes = vectors * kLanes;
@@ -158,12 +158,9 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
         for (int64_t first = 0; first < count; first += kTileRows) {
           const int tile = static_cast<int>(std::min<int64_t>(kTileRows, count - first));
           tiles.multiply(first, tile, group, index, vectors, dots);
-          for (int r = 0; r < tile; ++r) {
-            const Sum activations = tiles.activations(first + r);
-            epilogue.finish<Sum, 0>(dots + r * vectors * kLanes, &activations, static_cast<Sum>(weights.zero),
-                                    rows.window_class[first + r], slot, vectors * kLanes,
-                                    staged.data() + (first + r) * kPanelLanes);
-          }
+          epilogue.finish(Sums<Sum, false>{dots, vectors * kLanes, tiles.activations() + first,
+                                           rows.window_class.data() + first, static_cast<Sum>(weights.zero)},
+                          tile, slot, vectors * kLanes, staged.data() + first * kPanelLanes);
         }
         const int64_t column = index * kPanelLanes;
         output.write(staged.data(), pixel, count, group * plan.group_channels + column,
@@ -220,9 +217,8 @@ void multiply_panels(const LowbitArgs& args, const Plan& plan, const Window& win
           with_tile(tile, vectors, [&]<int R, int V>() {
             dot_tile<R, V>(rows.row.data() + pixel + first, panel.data(), plan.steps(), dots);
           });
-          for (int r = 0; r < tile; ++r)
-            epilogue.finish<int32_t, 0>(dots + r * vectors * kLanes, sums.data() + pixel + first + r, weights.zero, 0,
-                                        channel, vectors * kLanes, staged.data() + (first + r) * kPanelLanes);
+          epilogue.finish(Sums<int32_t, false>{dots, vectors * kLanes, sums.data() + pixel + first, nullptr, weights.zero},
+                          tile, channel, vectors * kLanes, staged.data() + first * kPanelLanes);
         }
         output.write(staged.data(), pixel, count, channel, columns, scratch.data());
       }

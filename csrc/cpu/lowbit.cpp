@@ -330,6 +330,29 @@ void arrange_planes(const LowbitArgs& args, const Plan& plan, const WeightVector
   }
 }
 
+// The numbers p[lane] + more as floats.
+template <class Sum>
+inline Vec floats_of(const Sum* p, Sum more) {
+  float lanes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<float>(p[lane] + more);
+  return load(lanes);
+}
+inline Vec floats_of(const float* p, float) { return load(p); }
+#if defined(__AVX512F__)
+inline Vec floats_of(const int32_t* p, int32_t more) {
+  return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(more)))};
+}
+#endif
+
+// Rounded once, as scale_and_shift() of core/algebra.h.
+inline Vec fused_multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX2__)
+  return multiply_add(a, b, c);
+#else
+  return map([&](int i) { return scale_and_shift(a.v[i], b.v[i], c.v[i]); });
+#endif
+}
+
 // SW of `count` slots over the taps [rows] x [columns]; tap_sums [taps][slots], from the first of them on.
 void add_tap_sums(const int64_t* tap_sums, int64_t slots, int64_t count, int64_t kernel_width, TapRange rows,
                   TapRange columns, int64_t* sums) {
@@ -400,7 +423,7 @@ Codes encode_activation(const LowbitArgs& args, const Plan& plan) {
   const Encoder encoder(args.x_kind, args.x_levels, args.epilogue.x_grid);
   with_type(args.x_dtype, [&]<class T>(T*) {
     const T* const x = static_cast<const T*>(args.x);
-    encode([&](int64_t first, int64_t n, uint8_t* to) { encoder.run(x + first, n, to); });
+    encode([&](int64_t first, int64_t n, uint8_t* to) { encoder.run(x + first, {n}, to); });
   });
   return codes;
 }
@@ -510,30 +533,45 @@ void Epilogue::take_taps(const Weights& weights, int64_t first, int64_t last) {
     }
 }
 
-template <class Sum, int kStride>
-void Epilogue::finish(const Sum* dots, const Sum* activations, Sum zero, int64_t window_class, int64_t slot, int64_t n,
-                      float* y) const {
-  const float* const step = step_.data() + slot;
-  const float* const offset = offset_.data() + slot;
-  const float* const window = window_terms_.data() + window_class * slots_ + slot;
-  for (int64_t i = 0; i < n; ++i) {
-    const Sum sum = activations[i * kStride];
-    Sum dot = dots[i];
-    if constexpr (std::is_integral_v<Sum>) dot += zero * sum;
-    y[i] = data_term(static_cast<float>(dot), static_cast<float>(sum), activation_step_, step[i], offset[i]) + window[i];
-  }
-  if (has_bias_)
-    for (int64_t i = 0; i < n; ++i) y[i] = y[i] + bias_[slot + i];
-  if (has_scale_)
-    for (int64_t i = 0; i < n; ++i) y[i] = scale_and_shift(y[i], scale_[slot + i], shift_[slot + i]);
-  for (int64_t i = 0; i < n; ++i) y[i] = clamp_output(y[i], lower_, upper_);
+template <class Sum, bool kEachLane>
+void Epilogue::finish(const Sums<Sum, kEachLane>& sums, int64_t rows, int64_t slot, int64_t n, float* y) const {
+  const auto with = [&]<bool kBias, bool kScale>() {
+    const Vec activation_step = splat(activation_step_), lower = splat(lower_), upper = splat(upper_);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      // Once for all rows.
+      const Vec step = load(step_.data() + slot + i), offset = load(offset_.data() + slot + i);
+      [[maybe_unused]] const Vec bias = kBias ? load(bias_.data() + slot + i) : step;
+      [[maybe_unused]] const Vec scale = kScale ? load(scale_.data() + slot + i) : step;
+      [[maybe_unused]] const Vec shift = kScale ? load(shift_.data() + slot + i) : step;
+      for (int64_t row = 0; row < rows; ++row) {
+        const Sum* const at = sums.dots + row * sums.stride + i;
+        Vec dot, activations;
+        if constexpr (kEachLane) {
+          dot = floats_of(at, Sum{0});
+          activations = floats_of(sums.activations + row * sums.stride + i, Sum{0});
+        } else {
+          const Sum sum = sums.activations[row];
+          dot = floats_of(at, static_cast<Sum>(sums.zero * sum));
+          activations = splat(static_cast<float>(sum));
+        }
+        const int64_t window_class = sums.window_class ? sums.window_class[row] : 0;
+        Vec result = activation_step * (step * dot + offset * activations) +
+                     load(window_terms_.data() + window_class * slots_ + slot + i);
+        if constexpr (kBias) result = result + bias;
+        if constexpr (kScale) result = fused_multiply_add(result, scale, shift);
+        store(y + row * kPanelLanes + i, min(upper, max(lower, result)));
+      }
+    }
+  };
+  if (has_bias_) return has_scale_ ? with.template operator()<true, true>() : with.template operator()<true, false>();
+  has_scale_ ? with.template operator()<false, true>() : with.template operator()<false, false>();
 }
 
-template void Epilogue::finish<int32_t, 0>(const int32_t*, const int32_t*, int32_t, int64_t, int64_t, int64_t, float*) const;
-template void Epilogue::finish<int32_t, 1>(const int32_t*, const int32_t*, int32_t, int64_t, int64_t, int64_t, float*) const;
-template void Epilogue::finish<float, 0>(const float*, const float*, float, int64_t, int64_t, int64_t, float*) const;
-template void Epilogue::finish<float, 1>(const float*, const float*, float, int64_t, int64_t, int64_t, float*) const;
-template void Epilogue::finish<int64_t, 0>(const int64_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float*) const;
+template void Epilogue::finish(const Sums<int32_t, false>&, int64_t, int64_t, int64_t, float*) const;
+template void Epilogue::finish(const Sums<int32_t, true>&, int64_t, int64_t, int64_t, float*) const;
+template void Epilogue::finish(const Sums<int64_t, false>&, int64_t, int64_t, int64_t, float*) const;
+template void Epilogue::finish(const Sums<float, false>&, int64_t, int64_t, int64_t, float*) const;
+template void Epilogue::finish(const Sums<float, true>&, int64_t, int64_t, int64_t, float*) const;
 
 Output::Output(const LowbitArgs& args)
     : args_(args),
@@ -543,31 +581,29 @@ Output::Output(const LowbitArgs& args)
   if (e.out_grid) encoder_.emplace(e.out_kind, e.out_levels, e.out_grid);
 }
 
-void Output::store_run(int64_t at, const float* y, int64_t n) const {
-  if (encoder_) return encoder_->run(y, n, static_cast<uint8_t*>(args_.out) + at);
+void Output::store_rows(int64_t at, int64_t out_stride, const float* y, int64_t stride, int64_t count, int64_t n) const {
+  if (encoder_) return encoder_->run(y, {n, count, stride, out_stride}, static_cast<uint8_t*>(args_.out) + at);
   with_type(args_.epilogue.out_dtype, [&]<class T>(T*) {
-    T* const to = static_cast<T*>(args_.out) + at;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(y + i));
-    if (i < n) store(to + i, load(y + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+    T* to = static_cast<T*>(args_.out) + at;
+    for (int64_t row = 0; row < count; ++row, to += out_stride, y += stride) {
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) store(to + i, load(y + i));
+      if (i < n) store(to + i, load(y + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+    }
   });
 }
 
 void Output::write(const float* staged, int64_t pixel, int64_t pixels, int64_t channel, int64_t columns,
                    float* turned) const {
   const int64_t channels = args_.geometry.out_channels;
-  if (channels_last_) {
-    for (int64_t p = 0; p < pixels; ++p) store_run((pixel + p) * channels + channel, staged + p * kPanelLanes, columns);
-    return;
-  }
+  if (channels_last_) return store_rows(pixel * channels + channel, channels, staged, kPanelLanes, pixels, columns);
   const int64_t stride = round_up(pixels, kLanes);
   for (int64_t c = 0; c < columns; c += kLanes)
     for (int64_t p = 0; p < pixels; p += kLanes)
       transpose_words(staged + p * kPanelLanes + c, kPanelLanes, turned + c * stride + p, stride);
   for (int64_t p = 0; p < pixels;) {
     const int64_t image = (pixel + p) / image_, first = (pixel + p) % image_, run = std::min(pixels - p, image_ - first);
-    for (int64_t c = 0; c < columns; ++c)
-      store_run((image * channels + channel + c) * image_ + first, turned + c * stride + p, run);
+    store_rows((image * channels + channel) * image_ + first, image_, turned + p, stride, columns, run);
     p += run;
   }
 }

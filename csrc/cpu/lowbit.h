@@ -111,6 +111,16 @@ void expand_panel(const LowbitArgs& args, const Plan& plan, int64_t group, int64
                   Weight* to, Weights& weights);
 #endif
 
+// The integer sums of some output pixels; by planes floats, with the steps in them.
+template <class Sum, bool kEachLane>
+struct Sums {
+  const Sum* dots;  // D [rows][stride]
+  int64_t stride;
+  const Sum* activations;       // SA [rows] of all slots; kEachLane: [rows][stride]
+  const int64_t* window_class;  // [rows], or null where there is one class
+  Sum zero = 0;                 // what the codes in D lack
+};
+
 // Tables by slot, and the formulas of core/algebra.h lane by lane.
 class Epilogue {
  public:
@@ -120,11 +130,9 @@ class Epilogue {
   // Of slots [first, last): what their weights add whatever the activation.
   void take_taps(const Weights& weights, int64_t first, int64_t last);
 
-  // y[n] from the sums of n slots, n a multiple of kLanes. Sum: int32_t or int64_t; float by planes, with the steps in it.
-  // kStride is 0 where all slots share one sum of activations, else 1.
-  template <class Sum, int kStride>
-  void finish(const Sum* dots, const Sum* activations, Sum zero, int64_t window_class, int64_t slot, int64_t n,
-              float* y) const;
+  // y [rows][kPanelLanes] from the sums of `rows` output pixels and n slots from `slot` on, n a multiple of kLanes.
+  template <class Sum, bool kEachLane>
+  void finish(const Sums<Sum, kEachLane>& sums, int64_t rows, int64_t slot, int64_t n, float* y) const;
 
   // By planes: sw_i*sa_j [slots], and sa_j.
   const float* pair_steps(int i, int j) const { return pair_steps_.data() + (i * x_digits_ + j) * slots_; }
@@ -154,7 +162,8 @@ class Output {
   void write(const float* staged, int64_t pixel, int64_t pixels, int64_t channel, int64_t columns, float* turned) const;
 
  private:
-  void store_run(int64_t at, const float* y, int64_t n) const;
+  // y: `count` rows of n values, `stride` apart; to element `at` of the output and on, `out_stride` apart.
+  void store_rows(int64_t at, int64_t out_stride, const float* y, int64_t stride, int64_t count, int64_t n) const;
 
   const LowbitArgs& args_;
   std::optional<Encoder> encoder_;  // of the next layer's codes
