@@ -127,19 +127,44 @@ class Depthwise {
         epilogue_(epilogue),
         output_(args) {}
 
-  void run() const {
+  void run() const { plan_.by_planes() ? run_with<float>() : run_with<int32_t>(); }
+
+ private:
+  static constexpr int64_t kPixels = 4 * kLanes;
+  static constexpr int64_t kTogether = 8;  // pixels that are finished together
+
+  // The valid taps of one class of windows, and their weights for a panel of channels; neighbours mostly share theirs.
+  struct Taps {
+    int64_t window_class = -1, channel = -1;
+    std::vector<Tap> list;
+#if defined(__AVX512F__)
+    Buffer<int8_t> weights;  // [groups of taps][kPanelLanes][kTapGroup]
+#endif
+  };
+
+  // Sum: int32_t, or float by planes.
+  template <class Sum>
+  void run_with() const {
     const int64_t pixels = g_.batch * g_.out_height * g_.out_width, blocks = (pixels + kPixels - 1) / kPixels;
     const int64_t chunks = (plan_.slots() + kPanelLanes - 1) / kPanelLanes;
     parallel_for(blocks * chunks, 1, [&](int64_t begin, int64_t end) {
       Buffer<float> staged(kPixels * kPanelLanes), turned(kPixels * kPanelLanes);
+      alignas(64) Sum dots[kTogether * kPanelLanes], sums[kTogether * kPanelLanes];
+      int64_t classes[kTogether];
       Taps taps;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t pixel = task / chunks * kPixels, count = std::min(kPixels, pixels - pixel);
-        const int64_t channel = task % chunks * kPanelLanes;
+        const int64_t channel = task % chunks * kPanelLanes, lanes = std::min<int64_t>(kPanelLanes, plan_.slots() - channel);
         Position at(g_, pixel);
-        for (int64_t i = 0; i < count; ++i, at.next()) {
-          find_taps(at, taps);
-          one_pixel(at, taps, channel, staged.data() + i * kPanelLanes);
+        for (int64_t first = 0; first < count; first += kTogether) {
+          const int64_t together = std::min(kTogether, count - first);
+          for (int64_t i = 0; i < together; ++i, at.next()) {
+            find_taps(at, channel, taps);
+            classes[i] = taps.window_class;
+            one_pixel(at, taps, channel, lanes, dots + i * kPanelLanes, sums + i * kPanelLanes);
+          }
+          epilogue_.finish(Sums<Sum, true>{dots, kPanelLanes, sums, classes}, together, channel, lanes,
+                           staged.data() + first * kPanelLanes);
         }
         output_.write(staged.data(), pixel, count, channel, std::min<int64_t>(kPanelLanes, g_.out_channels - channel),
                       turned.data());
@@ -147,19 +172,15 @@ class Depthwise {
     });
   }
 
- private:
-  static constexpr int64_t kPixels = 4 * kLanes;
-
-  // The valid taps of one class of windows; neighbours mostly share theirs.
-  struct Taps {
-    int64_t window_class = -1;
-    std::vector<Tap> list;
-  };
-
-  void find_taps(const Position& at, Taps& taps) const {
+  void find_taps(const Position& at, int64_t channel, Taps& taps) const {
     const int64_t window_class = window_.of(at.oy, at.ox);
-    if (taps.window_class == window_class) return;
+    if (taps.window_class != window_class || taps.channel != channel) list_taps(at, window_class, channel, taps);
+  }
+
+  // Seldom called: kept out of the loop over pixels.
+  [[gnu::noinline]] void list_taps(const Position& at, int64_t window_class, int64_t channel, Taps& taps) const {
     taps.window_class = window_class;
+    taps.channel = channel;
     taps.list.clear();
     const TapRange rows = window_.rows.ranges[window_.rows.of[at.oy]];
     const TapRange columns = window_.columns.ranges[window_.columns.of[at.ox]];
@@ -167,30 +188,64 @@ class Depthwise {
       for (int64_t kw = columns.first; kw < columns.last; ++kw)
         taps.list.push_back({(kh * g_.dilation_height * g_.in_width + kw * g_.dilation_width) * g_.in_channels,
                              (kh * g_.kernel_width + kw) * plan_.slots()});
+#if defined(__AVX512F__)
+    if (!plan_.by_planes()) pack_weights(taps);
+#endif
   }
 
-  void one_pixel(const Position& at, const Taps& taps, int64_t channel, float* y) const {
-    const int64_t iy = at.oy * g_.stride_height - g_.pad_top, ix = at.ox * g_.stride_width - g_.pad_left;
-    const int64_t first = ((at.n * g_.in_height + iy) * g_.in_width + ix) * g_.in_channels + channel;
-    const int64_t lanes = std::min<int64_t>(kPanelLanes, plan_.slots() - channel);
-    const int32_t* const weights = weights_.taps.data() + channel;
-    int32_t dots[kPanelLanes], sums[kPanelLanes];
-    if (!plan_.by_planes()) {
-      dot(codes_, first, weights, taps, lanes, dots, sums);
-      return epilogue_.finish(Sums<int32_t, true>{dots, kPanelLanes, sums, &taps.window_class}, 1, channel, lanes, y);
-    }
+#if defined(__AVX512F__)
+  void pack_weights(Taps& taps) const {
+    const int64_t taps_of_all = g_.kernel_height * g_.kernel_width, count = static_cast<int64_t>(taps.list.size());
+    const int64_t channel = taps.channel, lanes = std::min<int64_t>(kPanelLanes, plan_.slots() - channel);
+    if (!taps.weights.data()) taps.weights = Buffer<int8_t>(divide_up(taps_of_all, kTapGroup) * kGroupBytes);
+    for (int64_t t = 0; t < count; t += kTapGroup)
+      for (int64_t c = 0; c < lanes; c += kLanes)
+        _mm512_store_si512(taps.weights.data() + t / kTapGroup * kGroupBytes + c * kTapGroup,
+                           packed_taps(weights_.taps.data() + channel + c, taps.list.data() + t,
+                                       static_cast<int>(std::min<int64_t>(kTapGroup, count - t)), weights_.zero));
+  }
+#endif
+
+  // dots and sums of `lanes` channels.
+  void one_pixel(const Position& at, const Taps& taps, int64_t channel, int64_t lanes, int32_t* dots, int32_t* sums) const {
+    const int64_t first = first_code(at, channel);
+#if defined(__AVX512F__)
+    const int64_t count = static_cast<int64_t>(taps.list.size());
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= lanes; c += 2 * kLanes)
+      dot_packed_taps<2>(codes_, first + c, taps.weights.data() + c * kTapGroup, kGroupBytes, taps.list.data(), count,
+                         weights_.zero, dots + c, sums + c);
+    if (c < lanes)
+      dot_packed_taps<1>(codes_, first + c, taps.weights.data() + c * kTapGroup, kGroupBytes, taps.list.data(), count,
+                         weights_.zero, dots + c, sums + c);
+#else
+    dot(codes_, first, weights_.taps.data() + channel, taps, lanes, dots, sums);
+#endif
+  }
+
+  // By planes: the products, and the activations, of all digits.
+  void one_pixel(const Position& at, const Taps& taps, int64_t channel, int64_t lanes, float* products,
+                 float* activations) const {
     const int64_t plane = g_.kernel_height * g_.kernel_width * plan_.slots();
-    float products[kPanelLanes] = {}, activations[kPanelLanes] = {};
+    int32_t dots[kPanelLanes], sums[kPanelLanes];
+    std::fill_n(products, lanes, 0.0f);
+    std::fill_n(activations, lanes, 0.0f);
     for (int i = 0; i < plan_.w_digits; ++i)
       for (int j = 0; j < plan_.x_digits; ++j) {
-        dot(digits_.owned.data() + j * digits_.stride, first, weights + i * plane, taps, lanes, dots, sums);
+        dot(digits_.owned.data() + j * digits_.stride, first_code(at, channel), weights_.taps.data() + channel + i * plane,
+            taps, lanes, dots, sums);
         const float* const step = epilogue_.pair_steps(i, j) + channel;
         for (int64_t c = 0; c < lanes; ++c) products[c] = add_digit(products[c], step[c], static_cast<float>(dots[c]));
         if (i > 0) continue;
         const float own = epilogue_.activation_step(j);
         for (int64_t c = 0; c < lanes; ++c) activations[c] = add_digit(activations[c], own, static_cast<float>(sums[c]));
       }
-    epilogue_.finish(Sums<float, true>{products, kPanelLanes, activations, &taps.window_class}, 1, channel, lanes, y);
+  }
+
+  // Where a window begins: with padding, perhaps outside the image.
+  int64_t first_code(const Position& at, int64_t channel) const {
+    const int64_t iy = at.oy * g_.stride_height - g_.pad_top, ix = at.ox * g_.stride_width - g_.pad_left;
+    return ((at.n * g_.in_height + iy) * g_.in_width + ix) * g_.in_channels + channel;
   }
 
   void dot(const uint8_t* codes, int64_t first, const int32_t* weights, const Taps& taps, int64_t lanes, int32_t* dots,
@@ -200,6 +255,10 @@ class Depthwise {
     for (int64_t c = 0; c < lanes; c += kLanes)
       dot_taps<1>(codes, first + c, weights + c, taps.list.data(), count, dots + c, sums + c);
   }
+
+#if defined(__AVX512F__)
+  static constexpr int64_t kGroupBytes = kPanelLanes * kTapGroup;
+#endif
 
   const ConvGeometry& g_;
   const Plan& plan_;

@@ -186,6 +186,73 @@ void dot_taps(const uint8_t* codes, int64_t first, const int32_t* weights, const
 #endif
 }
 
+#if defined(__AVX512F__)
+// The same with weights of packed_taps(), for 16 or 32 channels from codes[first] on, four taps at a time.
+inline constexpr int kTapGroup = 4;
+
+// Weights of a vector of channels in up to four taps, those of a channel side by side, less `zero`.
+inline __m512i packed_taps(const int32_t* weights, const Tap* taps, int count, int32_t zero) {
+  __m512i packed = _mm512_setzero_si512();
+  for (int t = 0; t < count; ++t) {
+    const __m512i codes = _mm512_loadu_si512(weights + taps[t].weight);
+    const __m512i byte = _mm512_and_si512(_mm512_sub_epi32(codes, _mm512_set1_epi32(zero)), _mm512_set1_epi32(0xff));
+    packed = _mm512_or_si512(packed, _mm512_sll_epi32(byte, _mm_cvtsi32_si128(8 * t)));
+  }
+  return packed;
+}
+
+// Codes of 16 V channels in up to four taps, as the weights; those of other taps are zero.
+template <int V>
+QK_INLINED inline void load_taps(const uint8_t* codes, int64_t first, const Tap* taps, int count, __m512i (&codes_of)[V]) {
+  const __m512i order = _mm512_set_epi64(0x3f2f1f0f3e2e1e0e, 0x3d2d1d0d3c2c1c0c, 0x3b2b1b0b3a2a1a0a, 0x3929190938281808,
+                                         0x3727170736261606, 0x3525150534241404, 0x3323130332221202, 0x3121110130201000);
+  if constexpr (V == 1) {
+    const auto tap = [&](int t) QK_INLINED {
+      return t < count ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + (first + taps[t].code)))
+                       : _mm_setzero_si128();
+    };
+    const __m512i low = _mm512_inserti32x4(_mm512_castsi128_si512(tap(0)), tap(1), 1);
+    codes_of[0] = _mm512_permutexvar_epi8(order, _mm512_inserti32x4(_mm512_inserti32x4(low, tap(2), 2), tap(3), 3));
+  } else {
+    static_assert(V == 2);
+    const auto tap = [&](int t) QK_INLINED {
+      return t < count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + (first + taps[t].code)))
+                       : _mm256_setzero_si256();
+    };
+    const __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(tap(0)), tap(1), 1);
+    const __m512i high = _mm512_inserti64x4(_mm512_castsi256_si512(tap(2)), tap(3), 1);
+    // Of 16-byte parts 0, 2, 4 and 6 the first channels, of the others the second ones.
+    const __m512i wide = _mm512_add_epi8(order, _mm512_and_si512(order, _mm512_set1_epi8(0x70)));
+    codes_of[0] = _mm512_permutex2var_epi8(low, wide, high);
+    codes_of[1] = _mm512_permutex2var_epi8(low, _mm512_or_si512(wide, _mm512_set1_epi8(16)), high);
+  }
+}
+
+// weights: [groups of taps][`stride` bytes]. zero: what they lost.
+template <int V>
+void dot_packed_taps(const uint8_t* codes, int64_t first, const int8_t* weights, int64_t stride, const Tap* taps,
+                     int64_t count, int32_t zero, int32_t* dots, int32_t* sums) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i dot[V], sum[V];
+  unrolled<V>([&](int v) QK_INLINED { dot[v] = sum[v] = _mm512_setzero_si512(); });
+  const auto add = [&](int group) QK_INLINED {
+    __m512i codes_of[V];
+    load_taps<V>(codes, first, taps, group, codes_of);
+    unrolled<V>([&](int v) QK_INLINED {
+      dot[v] = _mm512_dpbusd_epi32(dot[v], codes_of[v], _mm512_load_si512(weights + v * 64));
+      sum[v] = _mm512_dpbusd_epi32(sum[v], codes_of[v], ones);
+    });
+  };
+  for (; count >= kTapGroup; count -= kTapGroup, taps += kTapGroup, weights += stride) add(kTapGroup);
+  if (count > 0) add(static_cast<int>(count));
+  unrolled<V>([&](int v) QK_INLINED {
+    if (zero) dot[v] = _mm512_add_epi32(dot[v], _mm512_mullo_epi32(sum[v], _mm512_set1_epi32(zero)));
+    _mm512_storeu_si512(dots + v * kLanes, dot[v]);
+    _mm512_storeu_si512(sums + v * kLanes, sum[v]);
+  });
+}
+#endif
+
 // Sum of n codes, stored as bytes or widened.
 template <class T>
 int64_t sum_codes(const T* p, int64_t n) {

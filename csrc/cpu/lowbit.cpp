@@ -62,6 +62,7 @@ void encode_channels_first(const ConvGeometry& g, const F& to_codes, uint8_t* co
   });
 }
 
+#if !defined(__AVX512F__)
 // spread[b] has bit i of b as the lowest bit of byte i.
 constexpr std::array<uint64_t, 256> kSpread = [] {
   std::array<uint64_t, 256> table{};
@@ -69,6 +70,7 @@ constexpr std::array<uint64_t, 256> kSpread = [] {
     for (int i = 0; i < 8; ++i) table[b] |= static_cast<uint64_t>(b >> i & 1) << (8 * i);
   return table;
 }();
+#endif
 
 // The codes of one weight row, words * 32 of them.
 void unpack_row(const LowbitArgs& args, int64_t row, uint8_t* codes) {
@@ -88,7 +90,13 @@ void unpack_row(const LowbitArgs& args, int64_t row, uint8_t* codes) {
     }
     _mm512_storeu_si512(codes + word * 32, sum);
   }
-#endif
+  if (word < count) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int p = 0; p < planes; ++p)
+      sum = _mm256_mask_add_epi8(sum, words[p * plane + word], sum, _mm256_set1_epi8(static_cast<char>(weights[p])));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + word * 32), sum);
+  }
+#else
   for (; word < count; ++word)
     for (int byte = 0; byte < 4; ++byte) {
       uint64_t sum = 0;
@@ -98,6 +106,7 @@ void unpack_row(const LowbitArgs& args, int64_t row, uint8_t* codes) {
       }
       for (int i = 0; i < 8; ++i) codes[word * 32 + byte * 8 + i] = static_cast<uint8_t>(sum >> (8 * i));
     }
+#endif
 }
 
 // Arguments by value: stores of bytes may alias anything that is read through a reference.
@@ -146,22 +155,29 @@ void unpack_codes(const LowbitArgs& args, const Plan& plan, const WeightVector& 
                   Weights& weights) {
   const ConvGeometry& g = args.geometry;
   const int64_t taps = g.kernel_height * g.kernel_width, in_channels = g.in_channels / g.groups, slots = plan.slots();
-  const bool depthwise = plan.path == Path::kDepthwise;
   static_assert(kDepth * sizeof(Weight) == sizeof(uint32_t));
   scratch.rows.clear();
   for (int64_t lane = 0; lane < v.channels; ++lane) {
     unpack_row(args, v.group * plan.group_channels + v.first + lane, scratch.codes.data());
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const uint8_t* const run = scratch.codes.data() + tap * in_channels;
-      weights.tap_sums[tap * slots + v.slot + lane] = sum_codes(run, in_channels);
-      if (depthwise) weights.taps[tap * slots + v.slot + lane] = *run;
-    }
+    for (int64_t tap = 0; tap < taps; ++tap)
+      weights.tap_sums[tap * slots + v.slot + lane] = sum_codes(scratch.codes.data() + tap * in_channels, in_channels);
     recenter(scratch.codes.data(), plan.depth, weights.zero,
              reinterpret_cast<Weight*>(scratch.rows.data() + lane * scratch.columns));
   }
-  if (depthwise) return;
   Weight* const to = const_cast<Weight*>(weights.panel(plan, v.group, v.panel)) + v.position * kLanes * kDepth;
   interleave(scratch.rows.data(), scratch.columns, plan.steps(), to, v.panel_vectors * kLanes);
+}
+
+// One input channel: a tap has one code.
+void unpack_taps(const LowbitArgs& args, const Plan& plan, const WeightVector& v, WeightScratch& scratch, Weights& weights) {
+  for (int64_t lane = 0; lane < v.channels; ++lane) {
+    unpack_row(args, v.first + lane, scratch.codes.data());
+    for (int64_t tap = 0; tap < plan.depth; ++tap) {
+      const int64_t at = tap * plan.slots() + v.slot + lane;
+      weights.taps[at] = scratch.codes[tap];
+      weights.tap_sums[at] = scratch.codes[tap];
+    }
+  }
 }
 
 #if defined(__AVX512F__)
@@ -468,8 +484,8 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
 #endif
   parallel_for(plan.groups * plan.group_vectors, grain, [&](int64_t begin, int64_t end) {
     WeightScratch scratch(args, plan);
-    for (int64_t vector = begin; vector < end; ++vector)
-      (plan.by_planes() ? arrange_planes : unpack_codes)(args, plan, WeightVector(plan, vector), scratch, weights);
+    const auto arrange = plan.by_planes() ? arrange_planes : plan.path == Path::kDepthwise ? unpack_taps : unpack_codes;
+    for (int64_t vector = begin; vector < end; ++vector) arrange(args, plan, WeightVector(plan, vector), scratch, weights);
   });
   return weights;
 }
