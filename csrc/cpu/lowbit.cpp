@@ -550,32 +550,37 @@ void Epilogue::take_taps(const Weights& weights, int64_t first, int64_t last) {
 }
 
 template <class Sum, bool kEachLane>
-void Epilogue::finish(const Sums<Sum, kEachLane>& sums, int64_t rows, int64_t slot, int64_t n, float* y) const {
+void Epilogue::finish(const Sums<Sum, kEachLane>& of, int64_t rows, int64_t slot, int64_t n, float* y) const {
   const auto with = [&]<bool kBias, bool kScale>() {
+    const Sums<Sum, kEachLane> sums = of;  // copies: stores to y might alias whatever is read through a reference
+    const int64_t slots = slots_;
     const Vec activation_step = splat(activation_step_), lower = splat(lower_), upper = splat(upper_);
     for (int64_t i = 0; i < n; i += kLanes) {
       // Once for all rows.
-      const Vec step = load(step_.data() + slot + i), offset = load(offset_.data() + slot + i);
-      [[maybe_unused]] const Vec bias = kBias ? load(bias_.data() + slot + i) : step;
-      [[maybe_unused]] const Vec scale = kScale ? load(scale_.data() + slot + i) : step;
-      [[maybe_unused]] const Vec shift = kScale ? load(shift_.data() + slot + i) : step;
-      for (int64_t row = 0; row < rows; ++row) {
-        const Sum* const at = sums.dots + row * sums.stride + i;
-        Vec dot, activations;
+      const int64_t at = slot + i;
+      const Vec step = load(step_.data() + at), offset = load(offset_.data() + at);
+      [[maybe_unused]] const Vec bias = kBias ? load(bias_.data() + at) : step;
+      [[maybe_unused]] const Vec scale = kScale ? load(scale_.data() + at) : step;
+      [[maybe_unused]] const Vec shift = kScale ? load(shift_.data() + at) : step;
+      const float* const window = window_terms_.data() + at;
+      const Sum *dots = sums.dots + i, *activations = sums.activations + (kEachLane ? i : 0);
+      float* to = y + i;
+      for (int64_t row = 0; row < rows; ++row, dots += sums.stride, to += kPanelLanes) {
+        Vec dot, activation;
         if constexpr (kEachLane) {
-          dot = floats_of(at, Sum{0});
-          activations = floats_of(sums.activations + row * sums.stride + i, Sum{0});
+          dot = floats_of(dots, Sum{0});
+          activation = floats_of(activations, Sum{0});
+          activations += sums.stride;
         } else {
-          const Sum sum = sums.activations[row];
-          dot = floats_of(at, static_cast<Sum>(sums.zero * sum));
-          activations = splat(static_cast<float>(sum));
+          const Sum sum = *activations++;
+          dot = floats_of(dots, static_cast<Sum>(sums.zero * sum));
+          activation = splat(static_cast<float>(sum));
         }
         const int64_t window_class = sums.window_class ? sums.window_class[row] : 0;
-        Vec result = activation_step * (step * dot + offset * activations) +
-                     load(window_terms_.data() + window_class * slots_ + slot + i);
+        Vec result = activation_step * (step * dot + offset * activation) + load(window + window_class * slots);
         if constexpr (kBias) result = result + bias;
         if constexpr (kScale) result = fused_multiply_add(result, scale, shift);
-        store(y + row * kPanelLanes + i, min(upper, max(lower, result)));
+        store(to, min(upper, max(lower, result)));
       }
     }
   };
