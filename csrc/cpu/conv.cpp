@@ -48,6 +48,73 @@ struct RowSource {
   const uint8_t* codes;
 };
 
+#if defined(__AVX512F__)
+// The image with its padding, so that each window lies in it whole: [batch, height, width, channels], zeros around.
+struct Padded {
+  Padded(const ConvGeometry& g, const uint8_t* codes)
+      : height((g.out_height - 1) * g.stride_height + (g.kernel_height - 1) * g.dilation_height + 1),
+        width((g.out_width - 1) * g.stride_width + g.kernel_width),
+        data(codes) {
+    if (g.pad_top == 0 && g.pad_left == 0 && height <= g.in_height && width <= g.in_width) {
+      height = g.in_height;
+      width = g.in_width;
+      return;
+    }
+    owned = Buffer<uint8_t>(g.batch * height * width * g.in_channels);
+    data = owned.data();
+    parallel_for(g.batch * height, std::max<int64_t>(1, (1 << 16) / (width * g.in_channels)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) copy_row(g, codes, i / height, i % height);
+                 });
+  }
+
+  // Row y of an image.
+  void copy_row(const ConvGeometry& g, const uint8_t* codes, int64_t image, int64_t y) const {
+    uint8_t* const to = owned.data() + (image * height + y) * width * g.in_channels;
+    const int64_t from = y - g.pad_top, columns = std::min(g.in_width, width - g.pad_left);
+    if (from < 0 || from >= g.in_height || columns <= 0) {
+      std::fill_n(to, width * g.in_channels, uint8_t{0});
+      return;
+    }
+    const int64_t before = g.pad_left * g.in_channels, inside = columns * g.in_channels;
+    std::fill_n(to, before, uint8_t{0});
+    std::memcpy(to + before, codes + (image * g.in_height + from) * g.in_width * g.in_channels, inside);
+    std::fill_n(to + before + inside, width * g.in_channels - before - inside, uint8_t{0});
+  }
+
+  int64_t height, width;
+  const uint8_t* data;
+  Buffer<uint8_t> owned;  // empty where nothing is padded
+};
+
+// Windows that are read where they lie, a line for each row of the kernel.
+struct LineSource {
+  static constexpr bool kGathers = false;
+  template <class Code>
+  static constexpr bool kGives = true;
+
+  static bool suits(const ConvGeometry& g, const Plan& plan) {
+    return plan.path == Path::kPatches && g.groups == 1 && g.dilation_width == 1 && !plan.wide && !plan.by_planes() &&
+           g.kernel_width * g.in_channels % kDepth == 0;
+  }
+
+  void fill(int64_t pixel, int64_t count, int64_t, Rows<uint8_t>& rows) const {
+    rows.lines = g.kernel_height;
+    rows.pitch = g.dilation_height * image.width * g.in_channels;
+    Position at(g, pixel);
+    for (int64_t i = 0; i < count; ++i, at.next()) {
+      const int64_t first = (at.n * image.height + at.oy * g.stride_height) * image.width + at.ox * g.stride_width;
+      rows.row[i] = image.data + first * g.in_channels;
+      rows.window_class[i] = window.of(at.oy, at.ox);
+    }
+  }
+
+  const ConvGeometry& g;
+  const Window& window;
+  const Padded image;
+};
+#endif
+
 // Copies each window into a row, (kh, kw, channel) as in the weights, with zeros where it leaves the image.
 struct PatchSource {
   static constexpr bool kGathers = true;
@@ -293,6 +360,10 @@ void lowbit_conv2d(const LowbitArgs& args) {
     case Path::kRows:
       return run_gemm(args, plan, weights, epilogue, RowSource{g, codes.data});
     case Path::kPatches:
+#if defined(__AVX512F__)
+      if (LineSource::suits(g, plan))
+        return run_gemm(args, plan, weights, epilogue, LineSource{g, window, Padded(g, codes.data)});
+#endif
       return run_gemm(args, plan, weights, epilogue,
                       PatchSource{g, plan, window, codes.data, g.groups == 1 && g.dilation_width == 1});
     case Path::kDepthwise:

@@ -5,7 +5,8 @@
 // Every loop over the tile is unrolled by hand-written pragmas: one that is not would keep the sums in memory.
 //
 // Weights lie in panels [step][V * kLanes channels][kDepth]: at each step a lane multiplies kDepth codes of its channel with
-// the kDepth activation codes that are broadcast to all lanes.
+// the kDepth activation codes that are broadcast to all lanes. A row may lie in several lines of as many steps each, `pitch`
+// codes apart.
 
 #include <cstdint>
 #include <cstring>
@@ -17,72 +18,83 @@ namespace qk::cpu::QK_CPU_ISA {
 // |products| stay below 2^16, so int32 sums of this many cannot overflow.
 inline constexpr int64_t kMaxDepth = 1 << 15;
 
-#if defined(__AVX512F__)
+struct Lines {
+  int64_t steps;
+  int64_t count = 1, pitch = 0;
+};
 
+#if defined(__AVX512F__)
 // vpdpbusd multiplies unsigned by signed bytes. Weight codes above 127 are stored less 128; the epilogue adds 128 * SA.
 using Activation = uint8_t;
 using Weight = int8_t;
 inline constexpr int kDepth = 4;
 inline constexpr int kTileRows = 6;  // 24 sums, 4 vectors of weights and a broadcast fill the 32 registers
 inline constexpr int kTileVectors = 4;
-
-template <int R, int V>
-void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps, int32_t* dots) {
-  __m512i sums[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sums[r][v] = _mm512_setzero_si512();
-  for (int64_t step = 0; step < steps; ++step) {
-    __m512i weights[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weights[v] = _mm512_load_si512(panel + (step * V + v) * 64);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      int32_t codes;
-      std::memcpy(&codes, rows[r] + step * kDepth, sizeof codes);
-      const __m512i activation = _mm512_set1_epi32(codes);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], activation, weights[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) _mm512_storeu_si512(dots + (r * V + v) * kLanes, sums[r][v]);
-}
-
 #else
-
 // 16-bit codes: vpmaddwd is exact, where vpmaddubsw would saturate.
 using Activation = int16_t;
 using Weight = int16_t;
 inline constexpr int kDepth = 2;
 inline constexpr int kTileRows = 4;
 inline constexpr int kTileVectors = 2;
+#endif
 
-#if defined(__AVX2__)
+// f(first code in the row) for each step.
+template <class F>
+QK_INLINED inline void for_each_step(Lines lines, const F& f) {
+  for (int64_t line = 0; line < lines.count; ++line)
+    for (int64_t step = 0, at = line * lines.pitch; step < lines.steps; ++step, at += kDepth) f(at);
+}
+
+#if defined(__AVX512F__)
 template <int R, int V>
-void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps, int32_t* dots) {
+void dot_tile(const Activation* const* rows, const Weight* panel, Lines lines, int32_t* dots) {
+  __m512i sums[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[r][v] = _mm512_setzero_si512();
+  for_each_step(lines, [&](int64_t at) QK_INLINED {
+    __m512i weights[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) weights[v] = _mm512_load_si512(panel + v * 64);
+    panel += V * 64;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int32_t codes;
+      std::memcpy(&codes, rows[r] + at, sizeof codes);
+      const __m512i activation = _mm512_set1_epi32(codes);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], activation, weights[v]);
+    }
+  });
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) _mm512_storeu_si512(dots + (r * V + v) * kLanes, sums[r][v]);
+}
+#elif defined(__AVX2__)
+template <int R, int V>
+void dot_tile(const Activation* const* rows, const Weight* panel, Lines lines, int32_t* dots) {
   __m256i sums[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sums[r][v] = _mm256_setzero_si256();
-  for (int64_t step = 0; step < steps; ++step) {
+  for_each_step(lines, [&](int64_t at) QK_INLINED {
     __m256i weights[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v)
-      weights[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + (step * V + v) * 16));
+    for (int v = 0; v < V; ++v) weights[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + v * 16));
+    panel += V * 16;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       int32_t codes;
-      std::memcpy(&codes, rows[r] + step * kDepth, sizeof codes);
+      std::memcpy(&codes, rows[r] + at, sizeof codes);
       const __m256i activation = _mm256_set1_epi32(codes);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(activation, weights[v]));
     }
-  }
+  });
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -90,19 +102,18 @@ void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps,
 }
 #else
 template <int R, int V>
-void dot_tile(const Activation* const* rows, const Weight* panel, int64_t steps, int32_t* dots) {
+void dot_tile(const Activation* const* rows, const Weight* panel, Lines lines, int32_t* dots) {
   constexpr int kWidth = V * kLanes;
   int32_t sums[R][kWidth] = {};
-  for (int64_t step = 0; step < steps; ++step) {
-    const Weight* const weights = panel + step * kWidth * kDepth;
+  for_each_step(lines, [&](int64_t at) {
     for (int r = 0; r < R; ++r) {
-      const int32_t a = rows[r][step * kDepth], b = rows[r][step * kDepth + 1];
-      for (int c = 0; c < kWidth; ++c) sums[r][c] += a * weights[c * kDepth] + b * weights[c * kDepth + 1];
+      const int32_t a = rows[r][at], b = rows[r][at + 1];
+      for (int c = 0; c < kWidth; ++c) sums[r][c] += a * panel[c * kDepth] + b * panel[c * kDepth + 1];
     }
-  }
+    panel += kWidth * kDepth;
+  });
   std::memcpy(dots, sums, sizeof sums);
 }
-#endif
 #endif
 
 inline constexpr int kPanelLanes = kTileVectors * kLanes;

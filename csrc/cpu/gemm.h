@@ -23,6 +23,7 @@ struct Rows {
   Buffer<const Code*> row;       // [count]
   Buffer<int64_t> window_class;  // [count]
   Buffer<Code> gathered;         // [count][width], or empty
+  int64_t lines = 1, pitch = 0;  // in which a row lies: each a whole number of steps, the next one `pitch` codes on
 };
 
 // What multiplies a block of rows, a tile at a time: rows [first, first + count) by the vectors of a panel.
@@ -44,14 +45,19 @@ class CodeTiles {
 
   void take(const Rows<Code>& rows, int64_t count) {
     rows_ = rows.row.data();
-    for (int64_t i = 0; i < count; ++i) sums_[i] = static_cast<Sum>(sum_codes(rows_[i], plan_.depth));
+    lines_ = {plan_.steps() / rows.lines, rows.lines, rows.pitch};
+    for (int64_t i = 0; i < count; ++i) {
+      sums_[i] = 0;
+      for (int64_t line = 0; line < rows.lines; ++line)
+        sums_[i] += static_cast<Sum>(sum_codes(rows_[i] + line * rows.pitch, plan_.depth / rows.lines));
+    }
   }
   const Sum* activations() const { return sums_.data(); }
 
   void multiply(int64_t first, int count, int64_t group, int64_t index, int vectors, Sum* dots) const {
     const Weight* const panel = weights_.panel(plan_, group, index);
     if constexpr (sizeof(Sum) == sizeof(int32_t)) {
-      run_tile(rows_ + first, count, panel, vectors, plan_.steps(), dots);
+      run_tile(rows_ + first, count, panel, vectors, lines_, dots);
     } else {
       constexpr int64_t kSteps = kMaxDepth / kDepth;
       const int n = count * vectors * kLanes;
@@ -60,7 +66,7 @@ class CodeTiles {
       std::fill(dots, dots + n, 0);
       for (int64_t step = 0; step < plan_.steps(); step += kSteps) {
         for (int r = 0; r < count; ++r) at[r] = rows_[first + r] + step * kDepth;
-        run_tile(at, count, panel + step * vectors * kLanes * kDepth, vectors, std::min(kSteps, plan_.steps() - step),
+        run_tile(at, count, panel + step * vectors * kLanes * kDepth, vectors, {std::min(kSteps, plan_.steps() - step)},
                  partial);
         for (int i = 0; i < n; ++i) dots[i] += partial[i];
       }
@@ -68,13 +74,14 @@ class CodeTiles {
   }
 
  private:
-  static void run_tile(const Code* const* rows, int count, const Weight* panel, int vectors, int64_t steps, int32_t* dots) {
-    with_tile(count, vectors, [&]<int R, int V>() { dot_tile<R, V>(rows, panel, steps, dots); });
+  static void run_tile(const Code* const* rows, int count, const Weight* panel, int vectors, Lines lines, int32_t* dots) {
+    with_tile(count, vectors, [&]<int R, int V>() { dot_tile<R, V>(rows, panel, lines, dots); });
   }
 
   const Plan& plan_;
   const Weights& weights_;
   const Code* const* rows_ = nullptr;
+  Lines lines_{};
   Buffer<Sum> sums_;  // [block]
 };
 
@@ -215,7 +222,7 @@ void multiply_panels(const LowbitArgs& args, const Plan& plan, const Window& win
         for (int64_t first = 0; first < count; first += kTileRows) {
           const int tile = static_cast<int>(std::min<int64_t>(kTileRows, count - first));
           with_tile(tile, vectors, [&]<int R, int V>() {
-            dot_tile<R, V>(rows.row.data() + pixel + first, panel.data(), plan.steps(), dots);
+            dot_tile<R, V>(rows.row.data() + pixel + first, panel.data(), {plan.steps()}, dots);
           });
           epilogue.finish(Sums<int32_t, false>{dots, vectors * kLanes, sums.data() + pixel + first, nullptr, weights.zero},
                           tile, channel, vectors * kLanes, staged.data() + first * kPanelLanes);
