@@ -19,7 +19,7 @@ Contestants = dict[str, Run]
 
 EAGER, COMPILE, COPY, SUM = "eager", "torch.compile", "copy_", "torch.sum"
 FAKE_QUANTIZE, INT8, INT_MM, FP32 = "torch.fake_quantize", "torch int8", "torch._int_mm", "torch fp32"
-FP32_COMPILED = "torch fp32 compiled"
+FP32_COMPILED, OURS_COMPILED = "torch fp32 compiled", "the same compiled"
 PER_TENSOR, AS_FLOAT32 = "per tensor", "as float32"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -278,10 +278,26 @@ def training_step(bits: Sequence[int], shape: Sequence[int]) -> Contestants:
     }
 
 
-def packed_inference(w_bits: int, a_bits: int, shape: Sequence[int], compiles: bool) -> Contestants:
-    """ResNet-18 packed, in torch's int8, and float with channels_last (compiled)."""
+def packed_for_images(model: nn.Module, w_bits: int, a_bits: int, image: Tensor) -> nn.Module:
+    """The model packed, in eval, integers between its layers; the first and the last layer have 8 bits, as in int8."""
+    ends = {"weight": qk.MinMax(8, axis=0), "activation": qk.MinMax(8)}
+    names = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    overrides = dict.fromkeys((names[0], names[-1]), ends)
+    prepared = qk.prepare(model, weight=qk.MinMax(w_bits), activation=qk.PACT(a_bits), overrides=overrides).train()
+    with torch.no_grad():
+        prepared(torch.cat([image, image]))  # the ranges of the 8 bits; batch-norms want more than one value
+    return qk.pass_codes(qk.convert(prepared.eval()))
+
+
+def packed_inference(network: str, w_bits: int, a_bits: int, shape: Sequence[int], compiles: bool) -> Contestants:
+    """A network packed, and float with channels_last, both compiled as well; ResNet-18 in torch's int8, too."""
+    from training.models import build_model
+
     image = values(shape).contiguous(memory_format=torch.channels_last)
-    floats = float_resnet("imagenet").eval().to(memory_format=torch.channels_last)
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return build_model(network, 1000).eval()
 
     def run_of(model: Callable[[Tensor], Tensor]) -> Run:
         def run() -> Tensor:
@@ -290,8 +306,13 @@ def packed_inference(w_bits: int, a_bits: int, shape: Sequence[int], compiles: b
 
         return run
 
-    return {
-        OURS: run_of(packed_resnet(w_bits, a_bits)),
-        INT8: run_of(int8.resnet(float_resnet("imagenet").eval())),
-        **({FP32_COMPILED: run_of(torch.compile(floats, dynamic=False))} if compiles else {FP32: run_of(floats)}),
-    }
+    packed, floats = packed_for_images(made(), w_bits, a_bits, image), made().to(memory_format=torch.channels_last)
+    found = {OURS: run_of(packed)}
+    if network == "resnet18":
+        found[INT8] = run_of(int8.resnet(made()))
+    if compiles:
+        found[FP32_COMPILED] = run_of(torch.compile(floats, dynamic=False))
+        found[OURS_COMPILED] = run_of(torch.compile(packed, dynamic=False))
+    else:
+        found[FP32] = run_of(floats)
+    return found

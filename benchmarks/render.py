@@ -23,6 +23,7 @@ from benchmarks.contestants import (
     FP32_COMPILED,
     INT8,
     INT_MM,
+    OURS_COMPILED,
     PER_TENSOR,
     SUM,
 )
@@ -190,7 +191,7 @@ def conv_table(results: Mapping[str, Entry]) -> str:
 
 def network_table(results: Mapping[str, Entry]) -> str:
     """Whole networks."""
-    rivals = (FP32, FP32_COMPILED, INT8, EAGER)
+    rivals = (FP32, FP32_COMPILED, INT8, EAGER, OURS_COMPILED)
     rows = [
         [
             f"{e['job']}, {' x '.join(map(str, e['shape']))}",

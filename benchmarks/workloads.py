@@ -306,7 +306,7 @@ def conv_workloads(layers: Mapping[str, tuple[int, int, int, int, int]], batches
 
 
 def network_workloads(quick: bool) -> Iterator[Workload]:
-    """A training step of ResNet-18 with DQA weights on 32 x 32 images, and a packed one on one image of 224 x 224."""
+    """A training step of ResNet-18 with DQA weights on 32 x 32 images; packed networks on one image of 224 x 224."""
     batch = (4 if quick else 32, 3, 32, 32)
     image = (1, 3, 32, 32) if quick else (1, 3, 224, 224)
     yield Workload(
@@ -320,7 +320,14 @@ def network_workloads(quick: bool) -> Iterator[Workload]:
         "resnet18-w2a2-packed",
         "end_to_end",
         image,
-        partial(contestants.packed_inference, 2, 2, image, not quick),
+        partial(contestants.packed_inference, "resnet18", 2, 2, image, not quick),
         goals=[Faster(FP32_COMPILED, 3.0), Faster(INT8, 1.3)],
         tags={"job": "ResNet-18 inference, W2A2 packed"},
+    )
+    yield Workload(
+        "mobilenet-v2-w4a4-packed",
+        "end_to_end",
+        image,
+        partial(contestants.packed_inference, "mobilenet_v2", 4, 4, image, not quick),
+        tags={"job": "MobileNetV2 inference, W4A4 packed"},
     )
