@@ -4,9 +4,12 @@
 
 #include <atomic>
 #include <bit>
+#include <optional>
+#include <type_traits>
 
 #include "cpu/bitplanes.h"
 #include "cpu/encoder.h"
+#include "cpu/half_lines.h"
 #include "cpu/split.h"
 
 namespace qk::cpu::QK_CPU_ISA {
@@ -95,6 +98,54 @@ int64_t quantize_pack_blocks([[maybe_unused]] const T* x, [[maybe_unused]] int64
 #endif
 }
 
+#if defined(__AVX512F__)
+// A function of its own: the loop that seldom calls it needs all registers.
+[[gnu::noinline]] void quantize_pack_special_block(const Half* x, const GridVec& grid, const Vec& levels, int bits,
+                                                   int32_t* planes, int64_t plane_stride, int32_t* counts) {
+  quantize_pack_blocks<Kind::kUniform, 4>(x, kBlock, grid, levels, bits, planes, plane_stride, counts);
+}
+
+// The same by lines; blocks with a number that is not finite as above.
+int64_t quantize_pack_by_lines(const HalfLines& lines, const Half* x, int64_t n, GridVec grid, Vec levels, int bits,
+                               int32_t* planes, int64_t plane_stride, int32_t* counts) {
+  __m512i ones[HalfLines::kMostBits] = {};
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    __m512i rows[kMaxBits], digits[HalfLines::kMostBits], specials = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int row = 0; row < kMaxBits; ++row) {
+      const Half* const at = x + i + row * kBytes;
+      const __m512i low = lines.positions(load_bits(at), specials);
+      rows[row] = split_positions(low, lines.positions(load_bits(at + kBytes / 2), specials));
+    }
+    if (HalfLines::any_special(specials)) {
+      quantize_pack_special_block(x + i, grid, levels, bits, planes + i / kWordBits, plane_stride, counts);
+      continue;
+    }
+    gather_four_digits(rows, 8 - bits, digits);
+#pragma GCC unroll 4
+    for (int digit = 0; digit < HalfLines::kMostBits; ++digit) {
+      if (digit >= bits) continue;
+      if (digit == bits - 1) digits[digit] = ~digits[digit];  // positions are less 2^15
+      ones[digit] = _mm512_add_epi64(ones[digit], _mm512_popcnt_epi64(digits[digit]));
+      _mm512_storeu_si512(planes + (bits - 1 - digit) * plane_stride + i / kWordBits, digits[digit]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int digit = 0; digit < HalfLines::kMostBits; ++digit)
+    if (digit < bits) counts[bits - 1 - digit] += static_cast<int32_t>(_mm512_reduce_add_epi64(ones[digit]));
+  return i;
+}
+
+// Where one grid serves so many numbers that they are worth the search for lines.
+std::optional<HalfLines> lines_for(const QuantizePackArgs& args) {
+  constexpr int64_t kFewest = 1 << 17;
+  const bool one_grid = !args.per_row || args.rows == 1, all_codes = args.levels == (1 << args.bits) - 1;
+  if (!one_grid || !all_codes || args.bits > HalfLines::kMostBits || args.rows * args.columns < kFewest) return std::nullopt;
+  return HalfLines::fit(args.grid, args.bits);
+}
+#endif
+
 void unpack_codes(const int32_t* planes, int64_t plane_stride, int64_t n, Kind kind, int bits, uint8_t* codes) {
   for (int64_t i = 0; i < n; i += kBytes) {
     const int length = static_cast<int>(std::min<int64_t>(kBytes, n - i));
@@ -130,14 +181,15 @@ void for_each_chunk(int64_t n, const F& body) {
   for (int64_t begin = 0; begin < n; begin += kChunk) body(begin, std::min(kChunk, n - begin));
 }
 
-template <Kind kKind, class T>
-void quantize_pack_part(const QuantizePackArgs& args, const GridVec& grid, int64_t row, int64_t begin, int64_t n) {
+// blocks: quantize_pack_blocks() or what does the same.
+template <Kind kKind, class T, class Blocks>
+void quantize_pack_part(const QuantizePackArgs& args, const GridVec& grid, const Blocks& blocks, int64_t row, int64_t begin,
+                        int64_t n) {
   const T* const x = static_cast<const T*>(args.x) + row * args.columns + begin;
   const Vec levels = splat(static_cast<float>(args.levels));
   int32_t* const planes = args.planes + row * args.words + begin / kWordBits;
   const int64_t plane_stride = args.rows * args.words;
   int32_t counts[kMaxBits] = {};
-  const auto blocks = args.bits > 4 ? quantize_pack_blocks<kKind, 8, T> : quantize_pack_blocks<kKind, 4, T>;
   const int64_t done = blocks(x, n, grid, levels, args.bits, planes, plane_stride, counts);
   for_each_chunk(n - done, [&](int64_t chunk, int64_t length) {
     uint8_t codes[kChunk];
@@ -191,11 +243,19 @@ void quantize_pack(const QuantizePackArgs& args) {
   const ChannelTable table = grid_table(grids, Walk{}, args.grid);  // an entry a row, however short rows are
   with_type(args.dtype, [&]<class T>(T*) {
     with_kind(args.kind, [&]<Kind kKind>() {
-      for_each_part(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
-        const int64_t channel = args.per_row ? row : 0;
-        const GridVec grid = grid_params([&](int field) { return table.of_channel(field, channel); });
-        quantize_pack_part<kKind, T>(args, grid, row, begin, n);
-      });
+      const auto pack = [&](const auto& blocks) {
+        for_each_part(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
+          const int64_t channel = args.per_row ? row : 0;
+          const GridVec grid = grid_params([&](int field) { return table.of_channel(field, channel); });
+          quantize_pack_part<kKind, T>(args, grid, blocks, row, begin, n);
+        });
+      };
+#if defined(__AVX512F__)
+      if constexpr (std::is_same_v<T, Half> && kKind == Kind::kUniform)
+        if (const std::optional<HalfLines> lines = lines_for(args))
+          return pack([&](auto... block) { return quantize_pack_by_lines(*lines, block...); });
+#endif
+      pack(args.bits > 4 ? quantize_pack_blocks<kKind, 8, T> : quantize_pack_blocks<kKind, 4, T>);
     });
   });
 }

@@ -7,7 +7,7 @@ import torch
 from properties import HealthCheck, given, settings, st
 from torch.library import opcheck
 
-from quantkernels import reference
+from quantkernels import ops, reference
 from quantkernels.ops import Kind
 from quantkernels.testing import Problem, assert_bit_equal, pairwise, problems
 from quantkernels.testing.inputs import DTYPES, QUANTIZERS, lay_out
@@ -101,6 +101,35 @@ def test_codes_of_all_numbers_of_a_half_type(backend, dtype, offset, step):
     expected_planes, expected_sums = reference.quantize_pack(x, *arguments)
     assert_bit_equal(planes, expected_planes)
     assert_bit_equal(sums, expected_sums)
+
+
+# Symmetric (a code changes next to 0), from 0, around 0, beside 0, coarse, fine, and steps that are no steps.
+RANGES = [(-3.0, 3.0), (0.0, 8.0), (-1.0, 0.0), (-0.37, 0.61), (-2.2, 1.9), (0.5, 2.0), (-5.0, -0.1), (-6e4, 6e4)]
+RANGES += [
+    (-1e-4, 3e-4),
+    (-1e-7, 1e-7),
+    (1.0, 1.0),
+    (2.0, 1.0),
+    (-1e30, 1e30),
+    (float("nan"), 1.0),
+    (0.0, float("inf")),
+]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("low, high", RANGES)
+def test_codes_of_many_halves_on_one_grid(low, high, bits):
+    """The CPU packs them without conversions; rows that end within a block, numbers that are not finite in some."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    finite = numbers[numbers.isfinite()]
+    x = torch.cat([numbers, finite, finite[:4089]]).reshape(3, -1)
+    levels = 2**bits - 1
+    arguments = (torch.tensor([[low, (high - low) / levels, 0.0]]), Kind.UNIFORM, levels, None)
+    for part in (x, x[0, :40].repeat(1, 4000)):
+        for got, expected in zip(
+            ops.quantize_pack(part, *arguments), reference.quantize_pack(part, *arguments), strict=True
+        ):
+            assert_bit_equal(got, expected)
 
 
 @given(size=SIZES, quantizer=st.sampled_from(QUANTIZERS), seed=st.integers(0, 2**16))
