@@ -94,8 +94,8 @@ struct LineSource {
   static constexpr bool kGives = true;
 
   static bool suits(const ConvGeometry& g, const Plan& plan) {
-    return plan.path == Path::kPatches && g.groups == 1 && g.dilation_width == 1 && !plan.wide && !plan.by_planes() &&
-           g.kernel_width * g.in_channels % kDepth == 0;
+    return plan.path == Path::kPatches && plan.depth > 0 && g.groups == 1 && g.dilation_width == 1 && !plan.wide &&
+           !plan.by_planes() && g.kernel_width * g.in_channels % kDepth == 0;
   }
 
   void fill(int64_t pixel, int64_t count, int64_t, Rows<uint8_t>& rows) const {

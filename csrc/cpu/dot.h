@@ -198,7 +198,7 @@ void dot_taps(const uint8_t* codes, int64_t first, const int32_t* weights, const
 }
 
 #if defined(__AVX512F__)
-// The same with weights of packed_taps(), for 16 or 32 channels from codes[first] on, four taps at a time.
+// The same four taps at a time.
 inline constexpr int kTapGroup = 4;
 
 // Weights of a vector of channels in up to four taps, those of a channel side by side, less `zero`.
@@ -239,7 +239,7 @@ QK_INLINED inline void load_taps(const uint8_t* codes, int64_t first, const Tap*
   }
 }
 
-// weights: [groups of taps][`stride` bytes]. zero: what they lost.
+// Of 16 V channels from codes[first] on; weights: packed_taps() of a group each, `stride` bytes apart; zero: what they lost.
 template <int V>
 void dot_packed_taps(const uint8_t* codes, int64_t first, const int8_t* weights, int64_t stride, const Tap* taps,
                      int64_t count, int32_t zero, int32_t* dots, int32_t* sums) {

@@ -189,6 +189,14 @@ def test_a_window_without_any_valid_tap_is_the_bias():
     assert torch.equal(y[0][:, border], bias[:, None].expand(3, 8))
 
 
+@pytest.mark.parametrize("kernel, padding", [(3, 1), (2, 0), (1, 0)])
+def test_no_input_channels_give_the_bias(kernel, padding):
+    x, planes = torch.zeros(2, 0, 5, 4, dtype=torch.uint8), torch.zeros(2, 3, 0, dtype=torch.int32)
+    bias = torch.tensor([1.0, -2.0, 0.5])
+    y = ops.lowbit_conv2d(x, UNIT, 0, 3, planes, UNIT, 0, 3, kernel, padding=padding, bias=bias)
+    assert y.numel() > 0 and torch.equal(y, bias[:, None, None].expand_as(y))
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_sums_that_int32_cannot_hold(backend, groups):
     channels = 16513  # 2 * 16513 * 255 * 255 > 2^31
