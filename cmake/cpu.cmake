@@ -1,5 +1,5 @@
 # The CPU library: the kernels of csrc/cpu once for each instruction set, behind the ops of csrc/ops.
-set(QK_CPU_FAMILIES stats fake_quantize attention learned_basis bitplanes matmul conv lowbit table)
+set(QK_CPU_FAMILIES stats fake_quantize attention learned_basis bitplanes matmul conv lowbit prepacked table)
 
 add_library(qk_warnings INTERFACE)
 target_compile_options(qk_warnings INTERFACE -Wall -Wextra -Wno-psabi)

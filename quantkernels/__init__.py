@@ -21,6 +21,7 @@ from .convert import (
 )
 from .ops import backend, plan
 from .pass_codes import pass_codes
+from .prepack import prepack
 from .quantizers import (
     BWN,
     HWGQ,
@@ -74,6 +75,7 @@ __all__ = [
     "ops",
     "pass_codes",
     "plan",
+    "prepack",
     "prepare",
     "save",
     "set_bits",

@@ -185,8 +185,9 @@ struct LowbitArgs {
   Kind w_kind;
   int64_t w_levels;
   int w_bits;
-  int64_t words;          // words a row: ceil(kernel_height * kernel_width * in_channels / groups / 32)
-  const int32_t* planes;  // [w_bits, out_channels, words], rows in (kh, kw, cin) order
+  int64_t words;             // words a row: ceil(kernel_height * kernel_width * in_channels / groups / 32)
+  const int32_t* planes;     // [w_bits, out_channels, words], rows in (kh, kw, cin) order
+  const uint8_t* prepacked;  // the same as the backend arranges it for all calls, or null
   EpilogueArgs epilogue;
   void* out;  // [batch, out_channels, out_height, out_width] with the strides below
   int64_t out_stride[4];

@@ -351,11 +351,11 @@ void lowbit_conv2d(const LowbitArgs& args) {
     RowSource{g, codes.data}.fill(0, pixels, 0, rows);
     return FewRows(args, plan, rows.row.data(), pixels).run(plan, window);
   }
-  if (suits_panels(plan, pixels)) return multiply_panels(args, plan, window, RowSource{g, codes.data});
+  if (suits_panels(args, plan, pixels)) return multiply_panels(args, plan, window, RowSource{g, codes.data});
 #endif
   const Weights weights = unpack_weights(args, plan);
   Epilogue epilogue(args, plan, window);
-  epilogue.take_taps(weights, 0, plan.slots());
+  epilogue.take(weights, 0, plan.slots());
   switch (plan.path) {
     case Path::kRows:
       return run_gemm(args, plan, weights, epilogue, RowSource{g, codes.data});

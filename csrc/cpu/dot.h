@@ -57,7 +57,7 @@ void dot_tile(const Activation* const* rows, const Weight* panel, Lines lines, i
   for_each_step(lines, [&](int64_t at) QK_INLINED {
     __m512i weights[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weights[v] = _mm512_load_si512(panel + v * 64);
+    for (int v = 0; v < V; ++v) weights[v] = _mm512_loadu_si512(panel + v * 64);
     panel += V * 64;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {

@@ -205,7 +205,8 @@ class FewRows {
   // Whether a product is one of these.
   static bool suits(const LowbitArgs& args, const Plan& plan, int64_t pixels) {
     return plan.path == Path::kRows && plan.groups == 1 && plan.depth > 0 && !plan.wide && !plan.by_planes() &&
-           pixels <= (counts(args, pixels) ? kMostCounted : kMost);
+           (args.prepacked ? counts_best(args) && pixels <= kMostCounted
+                           : pixels <= (counts(args, pixels) ? kMostCounted : kMost));
   }
 
   // rows [count]: plan.depth codes each.
@@ -228,7 +229,7 @@ class FewRows {
   void run(const Plan& plan, const Window& window) {
     counts(args_, count_) ? count() : multiply();
     Epilogue epilogue(args_, plan, window);
-    epilogue.take_taps(weights_, 0, slots_);
+    epilogue.take(weights_, 0, slots_);
     finish(plan, epilogue);
   }
 
@@ -242,6 +243,8 @@ class FewRows {
     const int w_bits = args.w_bits, x_bits = bits_of(args.x_kind, args.x_levels);
     return w_bits <= 2 && w_bits * x_bits <= (count <= 2 ? 4 : 2);
   }
+  // Whether that is faster than prepacked codes.
+  static bool counts_best(const LowbitArgs& args) { return args.w_bits * bits_of(args.x_kind, args.x_levels) <= 2; }
 
   // f(first, last) for kWeightRows weight rows, in parallel.
   template <class F>

@@ -5,11 +5,13 @@
 // codes, or K by planes. What is read past K meets weights of zero. kGives<Code>: whether it has codes of that type.
 
 #include <algorithm>
+#include <optional>
 
 #include "core/algebra.h"
 #include "cpu/lowbit.h"
 #include "cpu/parallel.h"
 #include "cpu/popcount.h"
+#include "cpu/prepacked.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 
@@ -31,6 +33,7 @@ struct Rows {
 //   using Code, Sum
 //   void take(const Rows<Code>& rows, int64_t count)     a new block
 //   const Sum* activations() const                       SA, a row each
+//   void begin(int64_t group, int64_t panel)             before that panel is multiplied
 //   void multiply(int64_t first, int count, int64_t group, int64_t panel, int vectors, Sum* dots)
 
 // Integer sums of codes. Sum is int64_t where K may overflow int32.
@@ -40,8 +43,24 @@ class CodeTiles {
   using Code = Activation;
   using Sum = SumOfCodes;
 
-  CodeTiles(const LowbitArgs&, const Plan& plan, const Weights& weights, const Epilogue&)
-      : plan_(plan), weights_(weights), sums_(plan.block) {}
+  CodeTiles([[maybe_unused]] const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue&)
+      : plan_(plan), weights_(weights), sums_(plan.block) {
+#if defined(__AVX512F__)
+    if (weights.has_panels()) return;
+    prepacked_.emplace(args, plan);
+    expanded_ = Buffer<Weight>(kPanelLanes * plan.steps() * kDepth);
+#endif
+  }
+
+  void begin(int64_t group, int64_t index) {
+#if defined(__AVX512F__)
+    if (prepacked_) {
+      panel_ = prepacked_->expanded(group, index, plan_.panel_vectors(index), expanded_.data());
+      return;
+    }
+#endif
+    panel_ = weights_.panel(plan_, group, index);
+  }
 
   void take(const Rows<Code>& rows, int64_t count) {
     rows_ = rows.row.data();
@@ -54,10 +73,9 @@ class CodeTiles {
   }
   const Sum* activations() const { return sums_.data(); }
 
-  void multiply(int64_t first, int count, int64_t group, int64_t index, int vectors, Sum* dots) const {
-    const Weight* const panel = weights_.panel(plan_, group, index);
+  void multiply(int64_t first, int count, int64_t, int64_t, int vectors, Sum* dots) const {
     if constexpr (sizeof(Sum) == sizeof(int32_t)) {
-      run_tile(rows_ + first, count, panel, vectors, lines_, dots);
+      run_tile(rows_ + first, count, panel_, vectors, lines_, dots);
     } else {
       constexpr int64_t kSteps = kMaxDepth / kDepth;
       const int n = count * vectors * kLanes;
@@ -66,7 +84,7 @@ class CodeTiles {
       std::fill(dots, dots + n, 0);
       for (int64_t step = 0; step < plan_.steps(); step += kSteps) {
         for (int r = 0; r < count; ++r) at[r] = rows_[first + r] + step * kDepth;
-        run_tile(at, count, panel + step * vectors * kLanes * kDepth, vectors, {std::min(kSteps, plan_.steps() - step)},
+        run_tile(at, count, panel_ + step * vectors * kLanes * kDepth, vectors, {std::min(kSteps, plan_.steps() - step)},
                  partial);
         for (int i = 0; i < n; ++i) dots[i] += partial[i];
       }
@@ -80,6 +98,11 @@ class CodeTiles {
 
   const Plan& plan_;
   const Weights& weights_;
+#if defined(__AVX512F__)
+  std::optional<Prepacked> prepacked_;  // where there are no panels
+  Buffer<Weight> expanded_;             // one of them
+#endif
+  const Weight* panel_ = nullptr;
   const Code* const* rows_ = nullptr;
   Lines lines_{};
   Buffer<Sum> sums_;  // [block]
@@ -109,6 +132,7 @@ class PlaneTiles {
     }
   }
   const Sum* activations() const { return sums_.data(); }
+  void begin(int64_t, int64_t) {}
 
   void multiply(int64_t first, int count, int64_t group, int64_t index, int vectors, Sum* dots) const {
     const int lanes = vectors * kLanes;
@@ -160,8 +184,9 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
         tiles.take(rows, count);
       }
       for (int64_t index = chunk * plan.chunk; index < std::min((chunk + 1) * plan.chunk, plan.panels()); ++index) {
-        const int vectors = static_cast<int>(std::min<int64_t>(kTileVectors, plan.group_vectors - index * kTileVectors));
+        const int vectors = plan.panel_vectors(index);
         const int64_t slot = (group * plan.group_vectors + index * kTileVectors) * kLanes;
+        tiles.begin(group, index);
         for (int64_t first = 0; first < count; first += kTileRows) {
           const int tile = static_cast<int>(std::min<int64_t>(kTileRows, count - first));
           tiles.multiply(first, tile, group, index, vectors, dots);
@@ -183,15 +208,76 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
 
 #if defined(__AVX512F__)
 // Whether a product is one of multiply_panels(): rows that lie in memory as they are, panels for many threads, and not so
-// many rows that to read them again for each panel costs more than to arrange the weights.
-inline bool suits_panels(const Plan& plan, int64_t pixels) {
-  constexpr int64_t kFewest = 16, kMostRows = 4096;
+// many rows that to read them again for each panel costs more than to arrange the weights. Of few rows any that is
+// prepacked.
+inline constexpr int64_t kFewRows = 48;
+inline bool suits_panels(const LowbitArgs& args, const Plan& plan, int64_t pixels) {
+  constexpr int64_t kFewestPanels = 16, kMostRows = 4096;
   return plan.path == Path::kRows && plan.groups == 1 && plan.depth > 0 && !plan.wide && !plan.by_planes() &&
-         plan.panels() >= kFewest && pixels <= kMostRows;
+         ((plan.panels() >= kFewestPanels && pixels <= kMostRows) || (args.prepacked && pixels <= kFewRows));
 }
 
-// Each panel made by the thread that multiplies all rows with it, and not kept: it is read from the second-level cache, and
-// no memory is written for it.
+// The panels of a call, each made by the thread that multiplies all rows with it, and not kept: it is read from the
+// second-level cache, and no memory is written for it.
+class PanelMaker {
+ public:
+  PanelMaker(const LowbitArgs& args, const Plan& plan, int64_t rows)
+      : args_(args), plan_(plan), prepacked_(args, plan), few_(args.prepacked && rows <= kFewRows) {
+    weights.zero = zero_of(args);
+    if (args.prepacked)
+      weights.sums_there = prepacked_.tap_sums();
+    else
+      weights.tap_sums = Buffer<int64_t>(plan.slots());
+  }
+
+  // Rows that are multiplied at a time: prepacked weights stay in registers with fewer.
+  int tile_rows() const { return few_ ? 4 : kTileRows; }
+
+  // What a thread has of its own.
+  struct Scratch {
+    std::optional<TurnedPlanes> turned;
+    Buffer<Weight> codes;
+    const Weight* panel = nullptr;
+  };
+  Scratch scratch() const {
+    Scratch made;
+    if (!args_.prepacked) made.turned.emplace(args_);
+    if (!few_) made.codes = Buffer<Weight>(kPanelLanes * plan_.steps() * kDepth);
+    return made;
+  }
+
+  void make(int64_t index, Scratch& scratch) {
+    if (few_) return;
+    scratch.panel = scratch.codes.data();
+    if (args_.prepacked) {
+      scratch.panel = prepacked_.expanded(0, index, plan_.panel_vectors(index), scratch.codes.data());
+    } else {
+      expand_panel(args_, plan_, 0, index, *scratch.turned, scratch.codes.data(), weights);
+    }
+  }
+
+  // Of a panel that was made.
+  void multiply(const Scratch& scratch, int64_t index, const uint8_t* const* rows, int count, int32_t* dots) const {
+    const int vectors = plan_.panel_vectors(index);
+    if (!few_)
+      return with_tile(count, vectors, [&]<int R, int V>() { dot_tile<R, V>(rows, scratch.panel, {plan_.steps()}, dots); });
+    with_tile(count, vectors, [&]<int R, int V>() {
+      if constexpr (R <= 4)
+        with_width(prepacked_.width(), [&]<int kWidth>() {
+          dot_packed_tile<R, V, kWidth>(rows, prepacked_.panel(0, index), plan_.steps(), dots);
+        });
+    });
+  }
+
+  Weights weights;  // their sums alone
+
+ private:
+  const LowbitArgs& args_;
+  const Plan& plan_;
+  const Prepacked prepacked_;
+  const bool few_;
+};
+
 template <class Source>
 void multiply_panels(const LowbitArgs& args, const Plan& plan, const Window& window, const Source& source) {
   const int64_t pixels = args.geometry.batch * args.geometry.out_height * args.geometry.out_width;
@@ -201,33 +287,30 @@ void multiply_panels(const LowbitArgs& args, const Plan& plan, const Window& win
   parallel_for(pixels, std::max<int64_t>(1, (1 << 16) / plan.depth), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) sums[i] = static_cast<int32_t>(sum_codes(rows.row[i], plan.depth));
   });
-  Weights weights;
-  weights.zero = zero_of(args);
-  weights.tap_sums = Buffer<int64_t>(plan.slots());
+  PanelMaker maker(args, plan, pixels);
   Epilogue epilogue(args, plan, window);
   const Output output(args);
-  parallel_for(plan.panels(), 1, [&](int64_t begin, int64_t end) {
-    const TurnedPlanes turned(args);
-    Buffer<Weight> panel(kPanelLanes * plan.steps() * kDepth);
-    const int64_t padded = round_up(plan.block, kLanes);
-    Buffer<float> staged(padded * kPanelLanes), scratch(padded * kPanelLanes);
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (kPanelLanes * plan.depth * pixels));
+  parallel_for(plan.panels(), grain, [&](int64_t begin, int64_t end) {
+    auto scratch = maker.scratch();
+    const int64_t padded = round_up(std::min(plan.block, pixels), kLanes);
+    Buffer<float> staged(padded * kPanelLanes), turned(padded * kPanelLanes);
     int32_t dots[kTileRows * kPanelLanes];
     for (int64_t index = begin; index < end; ++index) {
-      const int vectors = static_cast<int>(std::min<int64_t>(kTileVectors, plan.group_vectors - index * kTileVectors));
-      expand_panel(args, plan, 0, index, turned, panel.data(), weights);
-      epilogue.take_taps(weights, index * kPanelLanes, index * kPanelLanes + vectors * kLanes);
+      const int vectors = plan.panel_vectors(index);
+      maker.make(index, scratch);
+      epilogue.take(maker.weights, index * kPanelLanes, index * kPanelLanes + vectors * kLanes);
       const int64_t channel = index * kPanelLanes, columns = std::min<int64_t>(kPanelLanes, plan.group_channels - channel);
       for (int64_t pixel = 0; pixel < pixels; pixel += plan.block) {
         const int64_t count = std::min(plan.block, pixels - pixel);
-        for (int64_t first = 0; first < count; first += kTileRows) {
-          const int tile = static_cast<int>(std::min<int64_t>(kTileRows, count - first));
-          with_tile(tile, vectors, [&]<int R, int V>() {
-            dot_tile<R, V>(rows.row.data() + pixel + first, panel.data(), {plan.steps()}, dots);
-          });
-          epilogue.finish(Sums<int32_t, false>{dots, vectors * kLanes, sums.data() + pixel + first, nullptr, weights.zero},
-                          tile, channel, vectors * kLanes, staged.data() + first * kPanelLanes);
+        for (int64_t first = 0; first < count; first += maker.tile_rows()) {
+          const int tile = static_cast<int>(std::min<int64_t>(maker.tile_rows(), count - first));
+          maker.multiply(scratch, index, rows.row.data() + pixel + first, tile, dots);
+          epilogue.finish(
+              Sums<int32_t, false>{dots, vectors * kLanes, sums.data() + pixel + first, nullptr, maker.weights.zero}, tile,
+              channel, vectors * kLanes, staged.data() + first * kPanelLanes);
         }
-        output.write(staged.data(), pixel, count, channel, columns, scratch.data());
+        output.write(staged.data(), pixel, count, channel, columns, turned.data());
       }
     }
   });

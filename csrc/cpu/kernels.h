@@ -25,6 +25,8 @@ struct Kernels {
   void (*quantize_pack)(const QuantizePackArgs&);
   void (*lowbit_linear)(const LowbitArgs&);
   void (*lowbit_conv2d)(const LowbitArgs&);
+  int64_t (*prepacked_bytes)(const LowbitArgs&);
+  void (*prepack)(const LowbitArgs&, uint8_t* to);
 };
 
 // Those of chosen_isa() (cpu/isa.h).

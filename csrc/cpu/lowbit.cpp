@@ -6,6 +6,7 @@
 #include "core/algebra.h"
 #include "cpu/parallel.h"
 #include "cpu/popcount.h"
+#include "cpu/prepacked.h"
 #include "cpu/transpose.h"
 
 namespace qk::cpu::QK_CPU_ISA {
@@ -454,7 +455,38 @@ TapClasses::TapClasses(const WindowAxis& axis) {
   }
 }
 
+#if defined(__AVX512F__)
+namespace {
+Weights unpack_prepacked(const LowbitArgs& args, const Plan& plan) {
+  const Prepacked prepacked(args, plan);
+  Weights weights;
+  weights.zero = zero_of(args);
+  weights.sums_there = prepacked.tap_sums();
+  if (prepacked.width() == 8) {
+    weights.panels_there = prepacked.expanded(0, 0, 0, nullptr);
+    return weights;
+  }
+  // For a few blocks of rows each is expanded by the task that multiplies it.
+  constexpr int64_t kFewBlocks = 4;
+  const ConvGeometry& g = args.geometry;
+  if (divide_up(g.batch * g.out_height * g.out_width, plan.block) <= kFewBlocks) return weights;
+  weights.panels = Buffer<Weight>(plan.slots() * plan.steps() * kDepth);
+  const int64_t panel_codes = kPanelLanes * plan.steps() * kDepth;
+  parallel_for(plan.groups * plan.panels(), std::max<int64_t>(1, (1 << 16) / panel_codes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / plan.panels(), index = i % plan.panels();
+      prepacked.expanded(group, index, plan.panel_vectors(index), const_cast<Weight*>(weights.panel(plan, group, index)));
+    }
+  });
+  return weights;
+}
+}  // namespace
+#endif
+
 Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
+#if defined(__AVX512F__)
+  if (args.prepacked) return unpack_prepacked(args, plan);
+#endif
   const ConvGeometry& g = args.geometry;
   const int64_t taps = g.kernel_height * g.kernel_width, slots = plan.slots(), digits = std::max(plan.w_digits, 1);
   Weights weights;
@@ -492,6 +524,7 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
 
 Epilogue::Epilogue(const LowbitArgs& args, const Plan& plan, const Window& window)
     : args_(args),
+      plan_(plan),
       window_(window),
       x_digits_(plan.x_digits),
       activation_step_(plan.by_planes() ? 1.0f : args.epilogue.x_grid[1]),
@@ -499,52 +532,71 @@ Epilogue::Epilogue(const LowbitArgs& args, const Plan& plan, const Window& windo
       upper_(args.epilogue.upper),
       has_bias_(args.epilogue.bias != nullptr),
       has_scale_(args.epilogue.scale != nullptr),
-      slots_(plan.slots()) {
+      slots_(plan.slots()),
+      step_(slots_),
+      offset_(slots_),
+      bias_(has_bias_ ? slots_ : 0),
+      scale_(has_scale_ ? slots_ : 0),
+      shift_(has_scale_ ? slots_ : 0),
+      window_terms_(window.count() * slots_) {
+  if (!plan.by_planes()) return;
   const EpilogueArgs& e = args.epilogue;
-  const auto row = [&](int64_t c) { return e.w_grid + (e.w_per_channel ? c * e.w_columns : 0); };
-  const auto by_slot = [&](const auto& value) {
-    Buffer<float> table(slots_);
-    table.clear();
-    for (int64_t group = 0; group < plan.groups; ++group)
-      for (int64_t c = 0; c < plan.group_channels; ++c)
-        table[group * plan.group_vectors * kLanes + c] = value(group * plan.group_channels + c);
-    return table;
-  };
-  offset_ = by_slot([&](int64_t c) { return row(c)[0]; });
-  step_ = by_slot([&](int64_t c) { return plan.by_planes() ? 1.0f : row(c)[1]; });
-  if (e.bias) bias_ = by_slot([&](int64_t c) { return e.bias[c]; });
-  if (e.scale) scale_ = by_slot([&](int64_t c) { return e.scale[c]; });
-  if (e.shift) shift_ = by_slot([&](int64_t c) { return e.shift[c]; });
-
-  for (int i = 0; i < plan.w_digits; ++i)
-    digit_steps_.push_back(by_slot([&](int64_t c) { return step_of_digit(args.w_kind, row(c), i); }));
   for (int j = 0; j < plan.x_digits; ++j) activation_steps_[j] = step_of_digit(args.x_kind, e.x_grid, j);
   pair_steps_ = Buffer<float>(plan.w_digits * plan.x_digits * slots_);
-  for (int i = 0; i < plan.w_digits; ++i)
+  for (int i = 0; i < plan.w_digits; ++i) {
+    const Buffer<float> steps(slots_);
+    by_slot(0, slots_, steps.data(), [&](int64_t c) { return step_of_digit(args.w_kind, weight_grid(c), i); });
     for (int j = 0; j < plan.x_digits; ++j)
       for (int64_t s = 0; s < slots_; ++s)
-        pair_steps_[(i * x_digits_ + j) * slots_ + s] = pair_step(digit_steps_[i][s], activation_steps_[j]);
-  if (!plan.by_planes()) digit_steps_.push_back(by_slot([&](int64_t c) { return row(c)[1]; }));
-  window_terms_ = Buffer<float>(window.count() * slots_);
+        pair_steps_[(i * x_digits_ + j) * slots_ + s] = pair_step(steps[s], activation_steps_[j]);
+  }
 }
 
-void Epilogue::take_taps(const Weights& weights, int64_t first, int64_t last) {
+template <class F>
+void Epilogue::by_slot(int64_t first, int64_t last, float* to, const F& value) const {
+  const int64_t group_slots = plan_.group_vectors * kLanes;
+  for (int64_t slot = first, next; slot < last; slot = next) {
+    const int64_t group = slot / group_slots, within = slot % group_slots, channel = group * plan_.group_channels + within;
+    next = std::min(last, slot - within + group_slots);
+    const int64_t there = std::clamp<int64_t>(plan_.group_channels - within, 0, next - slot);
+    for (int64_t i = 0; i < there; ++i) *to++ = value(channel + i);
+    to = std::fill_n(to, next - slot - there, 0.0f);
+  }
+}
+
+void Epilogue::take(const Weights& weights, int64_t first, int64_t last) {
+  constexpr int64_t kSome = 64;
+  const EpilogueArgs& e = args_.epilogue;
+  by_slot(first, last, offset_.data() + first, [&](int64_t c) { return weight_grid(c)[0]; });
+  by_slot(first, last, step_.data() + first, [&](int64_t c) { return plan_.by_planes() ? 1.0f : weight_grid(c)[1]; });
+  if (e.bias) by_slot(first, last, bias_.data() + first, [&](int64_t c) { return e.bias[c]; });
+  if (e.scale) by_slot(first, last, scale_.data() + first, [&](int64_t c) { return e.scale[c]; });
+  if (e.shift) by_slot(first, last, shift_.data() + first, [&](int64_t c) { return e.shift[c]; });
+  for (int64_t slot = first; slot < last; slot += kSome) take_taps(weights, slot, std::min(kSome, last - slot));
+}
+
+void Epilogue::take_taps(const Weights& weights, int64_t slot, int64_t count) {
   const ConvGeometry& g = args_.geometry;
-  const int64_t count = last - first, plane = g.kernel_height * g.kernel_width * slots_;
-  std::vector<int64_t> sums(count);
-  std::vector<float> total(count);
-  float* terms = window_terms_.data() + first;
+  const int64_t plane = g.kernel_height * g.kernel_width * slots_;
+  const int digits = std::max(plan_.w_digits, 1);
+  int64_t sums[64];
+  float steps[kMaxBits][64], total[64];
+  if (plan_.by_planes())
+    for (int i = 0; i < digits; ++i)
+      by_slot(slot, slot + count, steps[i], [&](int64_t c) { return step_of_digit(args_.w_kind, weight_grid(c), i); });
+  else
+    std::copy_n(step_.data() + slot, count, steps[0]);
+  float* terms = window_terms_.data() + slot;
   for (const TapRange& rows : window_.rows.ranges)
     for (const TapRange& columns : window_.columns.ranges) {
-      std::fill(total.begin(), total.end(), 0.0f);
-      for (size_t i = 0; i < digit_steps_.size(); ++i) {
-        add_tap_sums(weights.tap_sums.data() + i * plane + first, slots_, count, g.kernel_width, rows, columns, sums.data());
-        for (int64_t s = 0; s < count; ++s)
-          total[s] = add_digit(total[s], digit_steps_[i][first + s], static_cast<float>(sums[s]));
+      std::fill_n(total, count, 0.0f);
+      for (int i = 0; i < digits; ++i) {
+        add_tap_sums(weights.sums() + i * plane + slot, slots_, count, g.kernel_width, rows, columns, sums);
+        for (int64_t s = 0; s < count; ++s) total[s] = add_digit(total[s], steps[i][s], static_cast<float>(sums[s]));
       }
       const float taps = static_cast<float>(rows.count() * columns.count() * (g.in_channels / g.groups));
       for (int64_t s = 0; s < count; ++s)
-        terms[s] = window_term(total[s], taps, args_.epilogue.x_grid[0], 1.0f, offset_[first + s]);
+        terms[s] = window_term(total[s], taps, args_.epilogue.x_grid[0], 1.0f, offset_[slot + s]);
       terms += slots_;
     }
 }

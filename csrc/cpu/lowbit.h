@@ -2,6 +2,7 @@
 // The parts of a low-bit product that linear layers and convolutions share: the plan, the activation as channels-last codes,
 // the weights in panels, and the epilogue.
 
+#include <algorithm>
 #include <vector>
 
 #include "core/bitplanes.h"
@@ -38,6 +39,9 @@ struct Plan {
   int64_t slots() const { return groups * group_vectors * kLanes; }
   int64_t steps() const { return (depth + kDepth - 1) / kDepth; }
   int64_t panels() const { return (group_vectors + kTileVectors - 1) / kTileVectors; }
+  int panel_vectors(int64_t index) const {
+    return static_cast<int>(std::min<int64_t>(kTileVectors, group_vectors - index * kTileVectors));
+  }
 };
 
 Plan plan_of(const LowbitArgs& args);
@@ -75,9 +79,16 @@ struct Weights {
   Buffer<int32_t> taps;      // [digits or 1][taps][slots]: codes, or their digits; kDepthwise only
   Buffer<int64_t> tap_sums;  // [digits or 1][taps][slots]: sum of those over the group's input channels
   int32_t zero;              // what was subtracted from the codes in the panels
+  // Where the panels or the tap_sums lie in memory already.
+  const Weight* panels_there = nullptr;
+  const int64_t* sums_there = nullptr;
+
+  bool has_panels() const { return panels_there || panels.data(); }
+  const int64_t* sums() const { return sums_there ? sums_there : tap_sums.data(); }
 
   const Weight* panel(const Plan& plan, int64_t group, int64_t index) const {
-    return panels.data() + (group * plan.group_vectors + index * kTileVectors) * kLanes * plan.steps() * kDepth;
+    return (panels_there ? panels_there : panels.data()) +
+           (group * plan.group_vectors + index * kTileVectors) * kLanes * plan.steps() * kDepth;
   }
   // Of a digit; vectors: of this panel.
   uint32_t* plane(const Plan& plan, int64_t group, int64_t index, int64_t vectors, int digit) const {
@@ -124,11 +135,11 @@ struct Sums {
 // Tables by slot, and the formulas of core/algebra.h lane by lane.
 class Epilogue {
  public:
-  // To be given the taps of all slots before they are finished. args and window must outlive it.
+  // To be given the weights of all slots before they are finished. args, plan and window must outlive it.
   Epilogue(const LowbitArgs& args, const Plan& plan, const Window& window);
 
-  // Of slots [first, last): what their weights add whatever the activation.
-  void take_taps(const Weights& weights, int64_t first, int64_t last);
+  // Of slots [first, last): their parameters, and what their weights add whatever the activation. first: of a vector.
+  void take(const Weights& weights, int64_t first, int64_t last);
 
   // y [rows][kPanelLanes] from the sums of `rows` output pixels and n slots from `slot` on, n a multiple of kLanes.
   template <class Sum, bool kEachLane>
@@ -139,7 +150,17 @@ class Epilogue {
   float activation_step(int j) const { return activation_steps_[j]; }
 
  private:
+  // to[slot - first] = value(channel), 0 where a group has fewer channels than slots.
+  template <class F>
+  void by_slot(int64_t first, int64_t last, float* to, const F& value) const;
+  const float* weight_grid(int64_t c) const {
+    return args_.epilogue.w_grid + (args_.epilogue.w_per_channel ? c * args_.epilogue.w_columns : 0);
+  }
+  // window_terms_ of at most 64 slots.
+  void take_taps(const Weights& weights, int64_t slot, int64_t count);
+
   const LowbitArgs& args_;
+  const Plan& plan_;
   const Window& window_;
   int x_digits_;
   float activation_steps_[kMaxBits];
@@ -147,7 +168,6 @@ class Epilogue {
   bool has_bias_, has_scale_;
   int64_t slots_;
   Buffer<float> step_, offset_, bias_, scale_, shift_;  // [slots]
-  std::vector<Buffer<float>> digit_steps_;              // of the weight, or of whole codes
   Buffer<float> pair_steps_;                            // [w_digits][x_digits][slots]
   Buffer<float> window_terms_;                          // [classes][slots]: oa*(sw*SW + ow*V)
 };

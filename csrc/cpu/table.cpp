@@ -7,6 +7,7 @@
 #include "cpu/kernels.h"
 #include "cpu/learned_basis.h"
 #include "cpu/matmul.h"
+#include "cpu/prepacked.h"
 #include "cpu/stats.h"
 
 namespace qk::cpu::QK_CPU_ISA {
@@ -31,6 +32,8 @@ const Kernels kKernels = {
     .quantize_pack = quantize_pack,
     .lowbit_linear = lowbit_linear,
     .lowbit_conv2d = lowbit_conv2d,
+    .prepacked_bytes = prepacked_bytes,
+    .prepack = prepack,
 };
 
 }  // namespace qk::cpu::QK_CPU_ISA

@@ -73,9 +73,10 @@ Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
                      std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                      int64_t groups, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                      const std::optional<Tensor>& shift, double lower, double upper, const std::optional<Tensor>& out_grid,
-                     int64_t out_kind, int64_t out_levels, std::optional<ScalarType> out_dtype) {
-  const LowbitCall call{"lowbit_conv2d", x,     x_grid, x_kind, x_levels, planes,   w_grid,     w_kind,   w_levels, bias,
-                        scale,           shift, lower,  upper,  out_grid, out_kind, out_levels, out_dtype};
+                     int64_t out_kind, int64_t out_levels, std::optional<ScalarType> out_dtype,
+                     const std::optional<Tensor>& prepacked) {
+  const LowbitCall call{"lowbit_conv2d", x,     x_grid, x_kind, x_levels, planes,   w_grid,     w_kind,    w_levels, bias,
+                        scale,           shift, lower,  upper,  out_grid, out_kind, out_levels, out_dtype, prepacked};
   const char* const op = call.op;
   check_activation(op, x);
   QK_CHECK(x.dim() == 4, op, "x", "of shape [batch, channels, height, width]", shape_of(x));
@@ -95,6 +96,8 @@ Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
            "of a number of output channels that groups (" + std::to_string(groups) + ") divides", planes.size(1));
   args.geometry = conv_geometry(op, x, planes.size(1), kernel_size, stride, padding, dilation, groups);
 
+  take_prepacked<Backend>(call, args, tensors);
+
   const bool channels_last = !x.is_contiguous() && is_channels_last(x);
   tensors.x = channels_last ? x : as_contiguous(x);
   const ConvGeometry& g = args.geometry;
@@ -105,6 +108,53 @@ Tensor lowbit_conv2d(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
   args.x = tensors.x.const_data_ptr();
   args.out = out.mutable_data_ptr();
   if (out.numel() > 0) Backend::lowbit_conv2d(args, tensors.x);
+  return out;
+}
+
+// The weight of either op arranged once for all calls, as the backend likes it: uint8 [n], of a linear layer with a kernel
+// of 1 x 1. Empty where that is of no use.
+template <class Backend>
+Tensor prepack_weight(const Tensor& planes_in, int64_t w_kind, int64_t w_levels, int64_t channels,
+                      std::vector<int64_t> kernel_size, int64_t groups) {
+  constexpr const char* op = "prepack_weight";
+  LowbitArgs args{};
+  args.w_kind = check_coded_kind(op, "w_kind", w_kind);
+  args.w_levels = check_levels(op, "w_levels", args.w_kind, w_levels);
+  args.w_bits = bits_of(args.w_kind, args.w_levels);
+  check_extents(op, "kernel_size", kernel_size, 2, 1);
+  QK_CHECK(channels >= 0 && channels <= kMaxExtent, op, "channels", "from 0 to 2147483647", channels);
+  const int64_t taps = kernel_size[0] * kernel_size[1];
+  QK_CHECK(taps <= kMaxExtent && taps * channels <= kMaxExtent, op, "kernel_size",
+           "of at most 2147483647 weights an output channel",
+           std::to_string(kernel_size[0]) + " x " + std::to_string(kernel_size[1]));
+  check_planes(op, planes_in, args.w_kind, args.w_levels, taps * channels);
+  const int64_t out_channels = planes_in.size(1);
+  QK_CHECK(groups >= 1 && out_channels % groups == 0, op, "groups",
+           "a divisor of the " + std::to_string(out_channels) + " output channels", groups);
+  const Tensor planes = as_contiguous(planes_in);
+  args.planes = static_cast<const int32_t*>(planes.const_data_ptr());
+  args.words = planes.size(2);
+  args.x_kind = Kind::kUniform;
+  args.x_levels = 1;
+  args.geometry = {.batch = 1,
+                   .in_channels = channels * groups,
+                   .in_height = kernel_size[0],
+                   .in_width = kernel_size[1],
+                   .out_channels = out_channels,
+                   .out_height = 1,
+                   .out_width = 1,
+                   .kernel_height = kernel_size[0],
+                   .kernel_width = kernel_size[1],
+                   .stride_height = 1,
+                   .stride_width = 1,
+                   .pad_top = 0,
+                   .pad_left = 0,
+                   .dilation_height = 1,
+                   .dilation_width = 1,
+                   .groups = groups};
+  const int64_t bytes = Backend::prepacked_bytes(args);
+  Tensor out = new_tensor(planes, {bytes}, ScalarType::Byte);
+  if (bytes > 0) Backend::prepack(args, static_cast<uint8_t*>(out.mutable_data_ptr()));
   return out;
 }
 

@@ -90,6 +90,9 @@ struct CudaBackend {
   }
   static void lowbit_linear(const LowbitArgs& args, const Tensor& x) { run("lowbit_linear", x, cuda::lowbit_linear, args); }
   static void lowbit_conv2d(const LowbitArgs& args, const Tensor& x) { run("lowbit_conv2d", x, cuda::lowbit_conv2d, args); }
+  // Planes are unpacked in registers, where they cost little.
+  static int64_t prepacked_bytes(const LowbitArgs&) { return 0; }
+  static void prepack(const LowbitArgs&, uint8_t*) {}
 };
 
 template <class Runner>
@@ -116,6 +119,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("quantize_pack", TORCH_BOX(&quantize_pack<Kernels>));
   m.impl("lowbit_linear", TORCH_BOX(&lowbit_linear<Kernels>));
   m.impl("lowbit_conv2d", TORCH_BOX(&lowbit_conv2d<Kernels>));
+  m.impl("prepack_weight", TORCH_BOX(&prepack_weight<Kernels>));
 }
 
 }  // namespace qk::ops

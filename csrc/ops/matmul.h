@@ -11,7 +11,7 @@ namespace qk::ops {
 // The tensors behind the pointers of LowbitArgs, alive as long as the call.
 struct LowbitTensors {
   Tensor x, x_grid, planes, w_grid;
-  std::optional<Tensor> bias, scale, shift, out_grid;
+  std::optional<Tensor> bias, scale, shift, out_grid, prepacked;
 };
 
 // Arguments that the two ops have in common.
@@ -30,6 +30,7 @@ struct LowbitCall {
   const std::optional<Tensor>& out_grid;
   int64_t out_kind, out_levels;
   std::optional<ScalarType> out_dtype;
+  const std::optional<Tensor>& prepacked;
 };
 
 inline const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
@@ -48,15 +49,13 @@ inline Kind check_coded_kind(const char* op, const char* argument, int64_t kind)
 }
 
 // planes [bits, rows, words] for rows of `columns` codes.
-inline void check_planes(const LowbitCall& call, Kind kind, int64_t columns) {
-  const Tensor& planes = call.planes;
-  check_type(call.op, "planes", planes, ScalarType::Int);
-  check_same_device(call.op, "planes", planes, call.x);
-  QK_CHECK(planes.dim() == 3, call.op, "planes", "of shape [bits, out_channels, words]", shape_of(planes));
-  const int64_t bits = bits_of(kind, call.w_levels), words = (columns + 31) / 32;
-  QK_CHECK(planes.size(0) == bits && planes.size(2) == words, call.op, "planes",
+inline void check_planes(const char* op, const Tensor& planes, Kind kind, int64_t levels, int64_t columns) {
+  check_type(op, "planes", planes, ScalarType::Int);
+  QK_CHECK(planes.dim() == 3, op, "planes", "of shape [bits, out_channels, words]", shape_of(planes));
+  const int64_t bits = bits_of(kind, levels), words = (columns + 31) / 32;
+  QK_CHECK(planes.size(0) == bits && planes.size(2) == words, op, "planes",
            "of shape [" + std::to_string(bits) + ", out_channels, " + std::to_string(words) + "] for rows of " +
-               std::to_string(columns) + " codes with w_levels " + std::to_string(call.w_levels),
+               std::to_string(columns) + " codes with w_levels " + std::to_string(levels),
            shape_of(planes));
 }
 
@@ -87,7 +86,8 @@ inline LowbitArgs lowbit_args(const LowbitCall& call, int64_t columns, LowbitTen
   args.x_levels = check_levels(op, "x_levels", args.x_kind, call.x_levels);
   args.w_kind = check_coded_kind(op, "w_kind", call.w_kind);
   args.w_levels = check_levels(op, "w_levels", args.w_kind, call.w_levels);
-  check_planes(call, args.w_kind, columns);
+  check_planes(op, call.planes, args.w_kind, args.w_levels, columns);
+  check_same_device(op, "planes", call.planes, call.x);
   const int64_t out_channels = call.planes.size(1);
   check_range(call);
   QK_CHECK(call.scale.has_value() == call.shift.has_value(), op, "shift", "given exactly where scale is",
@@ -130,6 +130,20 @@ inline LowbitArgs lowbit_args(const LowbitCall& call, int64_t columns, LowbitTen
   return args;
 }
 
+// The weight as prepack_weight() of the same backend arranged it. args: complete but for x and the output.
+template <class Backend>
+void take_prepacked(const LowbitCall& call, LowbitArgs& args, LowbitTensors& tensors) {
+  if (!call.prepacked || call.prepacked->numel() == 0) return;
+  check_type(call.op, "prepacked", *call.prepacked, ScalarType::Byte);
+  check_same_device(call.op, "prepacked", *call.prepacked, call.x);
+  const int64_t bytes = Backend::prepacked_bytes(args);
+  if (bytes == 0) return;
+  QK_CHECK(call.prepacked->numel() == bytes, call.op, "prepacked",
+           "what prepack_weight makes of these planes (" + std::to_string(bytes) + " bytes)", call.prepacked->numel());
+  tensors.prepacked = as_contiguous(*call.prepacked);
+  args.prepacked = static_cast<const uint8_t*>(tensors.prepacked->const_data_ptr());
+}
+
 inline void check_activation(const char* op, const Tensor& x) {
   if (x.scalar_type() == ScalarType::Byte) return;
   const ScalarType type = x.scalar_type();
@@ -142,9 +156,9 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
                      const Tensor& w_grid, int64_t w_kind, int64_t w_levels, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, double lower, double upper,
                      const std::optional<Tensor>& out_grid, int64_t out_kind, int64_t out_levels,
-                     std::optional<ScalarType> out_dtype) {
-  const LowbitCall call{"lowbit_linear", x,     x_grid, x_kind, x_levels, planes,   w_grid,     w_kind,   w_levels, bias,
-                        scale,           shift, lower,  upper,  out_grid, out_kind, out_levels, out_dtype};
+                     std::optional<ScalarType> out_dtype, const std::optional<Tensor>& prepacked) {
+  const LowbitCall call{"lowbit_linear", x,     x_grid, x_kind, x_levels, planes,   w_grid,     w_kind,    w_levels, bias,
+                        scale,           shift, lower,  upper,  out_grid, out_kind, out_levels, out_dtype, prepacked};
   check_activation(call.op, x);
   QK_CHECK(x.dim() >= 1, call.op, "x", "of shape [..., in_features]", shape_of(x));
   const int64_t features = x.size(x.dim() - 1);
@@ -175,6 +189,7 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
     shape.push_back(x.size(d));
   }
   shape.push_back(g.out_channels);
+  take_prepacked<Backend>(call, args, tensors);
   Tensor out = new_tensor(x, shape, check_out_dtype(call));
   args.epilogue.out_dtype = dtype_of(out);
   args.x = tensors.x.const_data_ptr();

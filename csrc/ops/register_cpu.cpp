@@ -74,6 +74,8 @@ struct Cpu {
   static void quantize_pack(const QuantizePackArgs& args, const Tensor&) { cpu::kernels().quantize_pack(args); }
   static void lowbit_linear(const LowbitArgs& args, const Tensor&) { cpu::kernels().lowbit_linear(args); }
   static void lowbit_conv2d(const LowbitArgs& args, const Tensor&) { cpu::kernels().lowbit_conv2d(args); }
+  static int64_t prepacked_bytes(const LowbitArgs& args) { return cpu::kernels().prepacked_bytes(args); }
+  static void prepack(const LowbitArgs& args, uint8_t* to) { cpu::kernels().prepack(args, to); }
 };
 
 }  // namespace
@@ -102,6 +104,7 @@ STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) {
   m.impl("quantize_pack", TORCH_BOX(&quantize_pack<Cpu>));
   m.impl("lowbit_linear", TORCH_BOX(&lowbit_linear<Cpu>));
   m.impl("lowbit_conv2d", TORCH_BOX(&lowbit_conv2d<Cpu>));
+  m.impl("prepack_weight", TORCH_BOX(&prepack_weight<Cpu>));
 }
 
 // For quantkernels.empty_cache: there is no tensor in it, so no op.

@@ -54,12 +54,14 @@ inline void define_schemas(torch::stable::detail::StableLibrary& m) {
   m.def(
       "lowbit_linear(Tensor x, Tensor x_grid, int x_kind, int x_levels, Tensor planes, Tensor w_grid, int w_kind, "
       "int w_levels, Tensor? bias, Tensor? scale, Tensor? shift, float lower, float upper, Tensor? out_grid, int out_kind, "
-      "int out_levels, ScalarType? out_dtype) -> Tensor");
+      "int out_levels, ScalarType? out_dtype, Tensor? prepacked=None) -> Tensor");
   m.def(
       "lowbit_conv2d(Tensor x, Tensor x_grid, int x_kind, int x_levels, Tensor planes, Tensor w_grid, int w_kind, "
       "int w_levels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, Tensor? bias, "
       "Tensor? scale, Tensor? shift, float lower, float upper, Tensor? out_grid, int out_kind, int out_levels, "
-      "ScalarType? out_dtype) -> Tensor");
+      "ScalarType? out_dtype, Tensor? prepacked=None) -> Tensor");
+  // The weight as the two take it beside its planes; channels: of a group. Empty where the backend has no use for it.
+  m.def("prepack_weight(Tensor planes, int w_kind, int w_levels, int channels, int[] kernel_size, int groups) -> Tensor");
 }
 
 }  // namespace qk::ops

@@ -118,13 +118,14 @@ def conv_on_codes(
     geometry: Geometry,
     epilogue: Epilogue,
     output: Output = RESULTS,
+    prepacked: Tensor | None = None,
 ) -> Tensor:
     """x [N, C, H, W] or [C, H, W], values or uint8 codes: encoded, convolved exactly, one epilogue.
 
-    In the dtype of x, float32 where x is codes; or uint8 codes.
+    In the dtype of x, float32 where x is codes; or uint8 codes. prepacked: of the planes, by `ops.prepack_weight`.
     """
     if x.dim() == 3:
-        return conv_on_codes(x[None], activation, planes, weight, geometry, epilogue, output)[0]
+        return conv_on_codes(x[None], activation, planes, weight, geometry, epilogue, output, prepacked)[0]
     padding = geometry.padding
     if geometry.padding_mode != "zeros":
         x, padding = geometry.pad(x), (0, 0, 0, 0)
@@ -139,6 +140,7 @@ def conv_on_codes(
         padding=padding,
         dilation=geometry.dilation,
         groups=geometry.groups,
+        prepacked=prepacked,
         **rest,
     )
 
@@ -159,11 +161,17 @@ def conv_on_floats(x: Tensor, weight: Tensor, geometry: Geometry, epilogue: Epil
 
 
 def linear_on_codes(
-    x: Tensor, activation: Coding, planes: Tensor, weight: Coding, epilogue: Epilogue, output: Output = RESULTS
+    x: Tensor,
+    activation: Coding,
+    planes: Tensor,
+    weight: Coding,
+    epilogue: Epilogue,
+    output: Output = RESULTS,
+    prepacked: Tensor | None = None,
 ) -> Tensor:
-    """x [..., in_features], values or uint8 codes: encoded, multiplied exactly, one epilogue; dtypes as above."""
+    """x [..., in_features], values or uint8 codes: encoded, multiplied exactly, one epilogue; the rest as above."""
     rest: dict[str, Any] = {**epilogue._asdict(), **output.arguments()}
-    return ops.lowbit_linear(x, *activation, planes, *weight, **rest)
+    return ops.lowbit_linear(x, *activation, planes, *weight, prepacked=prepacked, **rest)
 
 
 def linear_on_floats(x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:

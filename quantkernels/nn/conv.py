@@ -118,13 +118,19 @@ class PackedConv2d(PackedLayer):
         """Shape of the float weight that the planes stand for."""
         return self.geometry.weight_shape
 
+    @property
+    def window(self) -> tuple[int, tuple[int, int], int]:
+        """Codes of a tap, kernel size and groups."""
+        g = self.geometry
+        return g.in_channels // g.groups, g.kernel_size, g.groups
+
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x."""
         activation = self.activation
         if activation is None:
             return conv_on_floats(x, self.decode_for(x), self.geometry, self.epilogue)
-        weight, output = self.weight_coding, self.output_for(x)
-        return conv_on_codes(x, activation, self.active_planes, weight, self.geometry, self.epilogue, output)
+        weight, output, prepacked = self.weight_coding, self.output_for(x), self.prepacked
+        return conv_on_codes(x, activation, self.active_planes, weight, self.geometry, self.epilogue, output, prepacked)
 
     def extra_repr(self) -> str:
         """Shape, bits and what is folded in."""

@@ -92,13 +92,18 @@ class PackedLinear(PackedLayer):
         """Shape of the float weight that the planes stand for."""
         return self.out_features, self.in_features
 
+    @property
+    def window(self) -> tuple[int, tuple[int, int], int]:
+        """That of a convolution of one tap."""
+        return self.in_features, (1, 1), 1
+
     def forward(self, x: Tensor) -> Tensor:
         """x times the weight."""
         activation = self.activation
         if activation is None:
             return linear_on_floats(x, self.decode_for(x), self.epilogue)
         weight, output = self.weight_coding, self.output_for(x)
-        return linear_on_codes(x, activation, self.active_planes, weight, self.epilogue, output)
+        return linear_on_codes(x, activation, self.active_planes, weight, self.epilogue, output, self.prepacked)
 
     def extra_repr(self) -> str:
         """Shape and bits."""

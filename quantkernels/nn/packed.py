@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..ops import Kind
 from ..ops.planes import BitPlanes
 from ..quantizers import Quantizer
@@ -55,6 +56,9 @@ class PackedLayer(nn.Module):
     the highest one, of which each uses its first; grids have a leading dimension, one entry a bit-width, and so may
     scale and shift (one entry a bit-width of the weight).
 
+    prepacked: uint8 [n], in no state dict: after `prepack` the planes in use as the kernels read them; None takes it
+    back.
+
     Raises ValueError where a buffer does not have the shape that the kernels rely on.
     """
 
@@ -64,6 +68,7 @@ class PackedLayer(nn.Module):
     bias: Tensor | None
     scale: Tensor | None
     shift: Tensor | None
+    prepacked: Tensor | None
 
     def __init__(
         self,
@@ -104,6 +109,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("activation_grid", None if activation is None else activation.grid)
         for name, value in epilogue._asdict().items():
             self.register_buffer(name, value)
+        self.register_buffer("prepacked", None, persistent=False)
 
     @staticmethod
     @torch.no_grad()
@@ -158,6 +164,21 @@ class PackedLayer(nn.Module):
             return self.clamp._replace(coding=self.taker[0].activation)
         return self.clamp
 
+    def prepack(self) -> None:
+        """Arrange the weight bits in use for the kernels once, not at each call: `ops.prepack_weight`. Nothing happens
+        where the input stays floating, or the device has no use for it."""
+        if self.activation_grid is None:
+            return
+        channels, kernel_size, groups = self.window
+        _, kind, levels = self.weight_coding
+        made = ops.prepack_weight(self.active_planes, kind, levels, channels, kernel_size, groups)
+        self.prepacked = made if made.numel() else None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.prepacked is not None:  # of other planes
+            self.prepack()
+
     def check_bits(self, role: str, bits: int) -> None:
         """Raises ValueError unless `set_bits(role, bits)` is possible."""
         present = self.weight_bits if role == "weight" else self.activation_bits
@@ -170,6 +191,8 @@ class PackedLayer(nn.Module):
         self.check_bits(role, bits)
         if role == "weight":
             self.weight_bits = bits
+            if self.prepacked is not None:
+                self.prepack()
         elif self.activation_bits is not None:
             self.activation_bits = bits
 
@@ -190,6 +213,11 @@ class PackedLayer(nn.Module):
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the float weight that the planes stand for."""
         raise TypeError(f"{type(self).__name__} must define weight_shape")
+
+    @property
+    def window(self) -> tuple[int, tuple[int, int], int]:
+        """Codes of a tap, kernel size and groups; a linear layer is a convolution of one tap."""
+        raise TypeError(f"{type(self).__name__} must define window")
 
     def weight_planes(self) -> BitPlanes:
         """The weight as BitPlanes; `.decode()` is the float weight."""
@@ -226,7 +254,8 @@ class PackedLayer(nn.Module):
         text = f"weight={self.weight_bits} bits, activation={activation}, bias={self.bias is not None}"
         several = "" if self.widths is None else f", of {self.widths.weight}"
         folded = ", folded" if self.scale is not None else ""
-        return text + several + folded + (", gives codes" if self.taker else "")
+        prepacked = "" if self.prepacked is None else ", prepacked"
+        return text + several + folded + prepacked + (", gives codes" if self.taker else "")
 
 
 def weight_at(layer: QuantizedLayer, bit_widths: Sequence[int] | None) -> tuple[Tensor, Coding]:

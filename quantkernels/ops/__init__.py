@@ -10,6 +10,7 @@ from .learned_basis import Encoding, grid_of_basis, learned_basis_encode, learne
 from .matmul import lowbit_linear
 from .minmax_mixture import minmax_mixture
 from .plan import plan
+from .prepack import prepack_weight
 from .stats import channel_stats, conditional_abs_mean, minmax_grids, range_errors
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "minmax_mixture",
     "pack_bitplanes",
     "plan",
+    "prepack_weight",
     "quantize_pack",
     "range_errors",
     "unpack_bitplanes",

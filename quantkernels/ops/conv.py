@@ -13,11 +13,11 @@ from ._register import OpRules, rules
 from .matmul import INF, output_dtype
 
 
-def pair(name: str, value: int | Sequence[int]) -> list[int]:
+def pair(name: str, value: int | Sequence[int], op: str = "lowbit_conv2d") -> list[int]:
     """[n, n] of an int n, or the two numbers of a sequence."""
     numbers = [value, value] if isinstance(value, int) else list(value)
     if len(numbers) != 2:
-        raise ValueError(f"lowbit_conv2d: {name} must be an int or 2 of them, got {value!r}")
+        raise ValueError(f"{op}: {name} must be an int or 2 of them, got {value!r}")
     return numbers
 
 
@@ -54,6 +54,7 @@ def lowbit_conv2d(
     out_kind: int = 0,
     out_levels: int = 0,
     out_dtype: torch.dtype | None = None,
+    prepacked: Tensor | None = None,
 ) -> Tensor:
     """Convolution of a quantized activation with a packed quantized weight, computed on their codes.
 
@@ -74,8 +75,8 @@ def lowbit_conv2d(
         padding: an int, (vertical, horizontal), or (top, bottom, left, right).
         groups: a divisor of x's channels and of out_channels.
         bias, scale, shift: float32 [out_channels].
-        x_grid, x_kind, x_levels, w_kind, w_levels, lower, upper, out_grid, out_kind, out_levels, out_dtype: as in
-            :func:`lowbit_linear`.
+        x_grid, x_kind, x_levels, w_kind, w_levels, lower, upper, out_grid, out_kind, out_levels, out_dtype, prepacked:
+            as in :func:`lowbit_linear`.
 
     Returns:
         [batch, out_channels, out_height, out_width]: channels_last where x is channels_last and not contiguous, else
@@ -107,6 +108,7 @@ def lowbit_conv2d(
         out_kind,
         out_levels,
         out_dtype,
+        prepacked,
     )
 
 
@@ -133,6 +135,7 @@ def _fake(
     out_kind: int,
     out_levels: int,
     out_dtype: torch.dtype | None,
+    prepacked: Tensor | None = None,
 ) -> Tensor:
     batch, _, height, width = x.shape
     out_height = (height + padding[0] + padding[1] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1

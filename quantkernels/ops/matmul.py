@@ -29,6 +29,7 @@ def lowbit_linear(
     out_kind: int = 0,
     out_levels: int = 0,
     out_dtype: torch.dtype | None = None,
+    prepacked: Tensor | None = None,
 ) -> Tensor:
     """Product of a quantized activation and a packed quantized weight, computed on their codes.
 
@@ -64,6 +65,8 @@ def lowbit_linear(
         out_grid: float32 [1, 3] or [1, 1 + n]: the output is then the uint8 codes of ``out_kind`` and ``out_levels``,
             ready for the next layer; they are taken from the float32 result.
         out_dtype: float32, float16 or bfloat16; default that of x, float32 where x holds codes.
+        prepacked: what :func:`prepack_weight` made of ``planes``: the same result, sooner. A backend that has no use
+            for it goes by the planes.
 
     Returns:
         [..., out_features], contiguous. For inference: no gradient passes, whatever requires one.
@@ -90,6 +93,7 @@ def lowbit_linear(
         out_kind,
         out_levels,
         out_dtype,
+        prepacked,
     )
 
 
@@ -120,6 +124,7 @@ def _fake(
     out_kind: int,
     out_levels: int,
     out_dtype: torch.dtype | None,
+    prepacked: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], planes.shape[1]), dtype=output_dtype(x, out_grid, out_dtype))
 

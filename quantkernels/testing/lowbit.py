@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Kind
+from ..ops import Kind, prepack_weight
 from ..reference import pack_bitplanes
 from ..reference.learned_basis import levels_of_grid
 from .inputs import lay_out, make_grid, make_values
@@ -132,6 +132,13 @@ class LowbitProblem:
 
     def planes(self) -> Tensor:
         return pack_bitplanes(self.w_codes(), *self.w_quantizer)
+
+    def prepacked(self, device: str = "cpu") -> Tensor:
+        """What ``prepack_weight`` makes of the planes: the arguments' last, after those of :meth:`arguments`."""
+        kernel = self.kernel or (1, 1)
+        kind, levels = self.w_quantizer
+        channels = self.columns // (kernel[0] * kernel[1])
+        return prepack_weight(self.planes().to(device), int(kind), levels, channels, kernel, self.groups)
 
     def epilogue(self) -> tuple[Any, ...]:
         """The arguments from bias on."""

@@ -226,8 +226,9 @@ def lowbit_linear(
     out_kind: int,
     out_levels: int,
     out_dtype: torch.dtype | None,
+    prepacked: Tensor | None = None,
 ) -> Tensor:
-    """``quantkernels.ops.lowbit_linear``."""
+    """``quantkernels.ops.lowbit_linear``; it goes by the planes."""
     op = "lowbit_linear"
     if x.dtype != torch.uint8:
         check_float(op, "x", x)
