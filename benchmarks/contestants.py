@@ -19,7 +19,7 @@ Contestants = dict[str, Run]
 
 EAGER, COMPILE, COPY, SUM = "eager", "torch.compile", "copy_", "torch.sum"
 FAKE_QUANTIZE, INT8, INT_MM, FP32 = "torch.fake_quantize", "torch int8", "torch._int_mm", "torch fp32"
-FP32_COMPILED, OURS_COMPILED = "torch fp32 compiled", "the same compiled"
+FP32_COMPILED, OURS_COMPILED, PLANES = "torch fp32 compiled", "the same compiled", "the same not prepacked"
 PER_TENSOR, AS_FLOAT32 = "per tensor", "as float32"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -193,12 +193,15 @@ def to_codes(bits: int) -> dict[str, Any]:
 
 
 def linear(m: int, features: int, w_bits: int, a_bits: int) -> Contestants:
-    """lowbit_linear, torch's int8 linear layer and integer product, and a float one; weight [features, features]."""
+    """lowbit_linear, prepacked as int8 is and by its planes, torch's int8 linear layer and integer product, and a float
+    one; weight [features, features]."""
     x, weight = random_codes((m, features), a_bits), packed_weight(features, features, w_bits)
+    prepacked = qk.ops.prepack_weight(weight[0], *weight[2:], features)
     floats, float_weight = values((m, features)), values((features, features)) * 0.02
     quantized, rival = int8.activation(floats), int8.linear(float_weight)
     found: Contestants = {
-        OURS: lambda: qk.ops.lowbit_linear(x, *coding(a_bits), *weight, **to_codes(a_bits)),
+        OURS: lambda: qk.ops.lowbit_linear(x, *coding(a_bits), *weight, **to_codes(a_bits), prepacked=prepacked),
+        PLANES: lambda: qk.ops.lowbit_linear(x, *coding(a_bits), *weight, **to_codes(a_bits)),
         INT8: lambda: rival(quantized),
         FP32: lambda: functional.linear(floats, float_weight),
     }
@@ -209,16 +212,20 @@ def linear(m: int, features: int, w_bits: int, a_bits: int) -> Contestants:
 
 
 def conv(x_shape: Sequence[int], outputs: int, kernel: int, stride: int, w_bits: int, a_bits: int) -> Contestants:
-    """lowbit_conv2d, torch's int8 convolution and its float one, all channels_last."""
+    """lowbit_conv2d, prepacked and by its planes, torch's int8 convolution and its float one, all channels_last."""
     last, padding, inputs = torch.channels_last, kernel // 2, x_shape[1]
     x = random_codes(x_shape, a_bits).contiguous(memory_format=last)
     weight = packed_weight(outputs, inputs * kernel**2, w_bits)
+    prepacked = qk.ops.prepack_weight(weight[0], *weight[2:], inputs, kernel)
     geometry = ([kernel, kernel], [stride, stride], [padding] * 4, [1, 1], 1)
     floats = values(x_shape).contiguous(memory_format=last)
     float_weight = (values((outputs, inputs, kernel, kernel)) * 0.02).contiguous(memory_format=last)
     quantized, rival = int8.activation(floats), int8.conv2d(float_weight, stride, padding)
     return {
-        OURS: lambda: qk.ops.lowbit_conv2d(x, *coding(a_bits), *weight, *geometry, **to_codes(a_bits)),
+        OURS: lambda: qk.ops.lowbit_conv2d(
+            x, *coding(a_bits), *weight, *geometry, **to_codes(a_bits), prepacked=prepacked
+        ),
+        PLANES: lambda: qk.ops.lowbit_conv2d(x, *coding(a_bits), *weight, *geometry, **to_codes(a_bits)),
         INT8: lambda: rival(quantized),
         FP32: lambda: functional.conv2d(floats, float_weight, None, stride, padding),
     }
@@ -279,14 +286,15 @@ def training_step(bits: Sequence[int], shape: Sequence[int]) -> Contestants:
 
 
 def packed_for_images(model: nn.Module, w_bits: int, a_bits: int, image: Tensor) -> nn.Module:
-    """The model packed, in eval, integers between its layers; the first and the last layer have 8 bits, as in int8."""
+    """The model packed and prepacked, in eval, integers between its layers; the first and the last layer have 8 bits, as
+    in int8."""
     ends = {"weight": qk.MinMax(8, axis=0), "activation": qk.MinMax(8)}
     names = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     overrides = dict.fromkeys((names[0], names[-1]), ends)
     prepared = qk.prepare(model, weight=qk.MinMax(w_bits), activation=qk.PACT(a_bits), overrides=overrides).train()
     with torch.no_grad():
         prepared(torch.cat([image, image]))  # the ranges of the 8 bits; batch-norms want more than one value
-    return qk.pass_codes(qk.convert(prepared.eval()))
+    return qk.prepack(qk.pass_codes(qk.convert(prepared.eval())))
 
 
 def packed_inference(network: str, w_bits: int, a_bits: int, shape: Sequence[int], compiles: bool) -> Contestants:

@@ -25,6 +25,7 @@ from benchmarks.contestants import (
     INT_MM,
     OURS_COMPILED,
     PER_TENSOR,
+    PLANES,
     SUM,
 )
 
@@ -153,14 +154,14 @@ def linear_table(results: Mapping[str, Entry]) -> str:
             f"W{e['w_bits']}A{e['a_bits']}, M = {e['m']}",
             milliseconds(e["seconds"][OURS]),
             f"{e['operations'] / e['seconds'][OURS] / 1e9:.0f}",
-            *(times_as_fast(e, rival) for rival in (INT8, INT_MM, FP32)),
+            *(times_as_fast(e, rival) for rival in (INT8, INT_MM, FP32, PLANES)),
             f"{e['limit_seconds'] / e['seconds'][OURS]:.0%}" if "limit_seconds" in e else "",
             goals_of(e),
         ]
         for e in results.values()
         if e.get("job") == "lowbit_linear"
     ]
-    header = [f"linear, {features(results)}", "time", "GOPS", *(f"against {r}" for r in (INT8, INT_MM, FP32))]
+    header = [f"linear, {features(results)}", "time", "GOPS", *(f"against {r}" for r in (INT8, INT_MM, FP32, PLANES))]
     return table([*header, "of the peak", "goals"], rows)
 
 
@@ -182,10 +183,10 @@ def conv_table(results: Mapping[str, Entry]) -> str:
         goals: dict[str, list[bool]] = {}
         for goal in (goal for e in entries for goal in e["goals"]):
             goals.setdefault(goal["goal"], []).append(goal["met"])
-        spans = [span([e["seconds"][rival] / e["seconds"][OURS] for e in entries]) for rival in (INT8, FP32)]
+        spans = [span([e["seconds"][rival] / e["seconds"][OURS] for e in entries]) for rival in (INT8, FP32, PLANES)]
         texts = "; ".join(f"{goal}: met by {sum(met)} of {len(met)}" for goal, met in goals.items())
         rows.append([f"W{w_bits}A{a_bits}, batch {batch}", *spans, texts])
-    header = ["ResNet-18's convolutions", f"against {INT8}", f"against {FP32}", "goals"]
+    header = ["ResNet-18's convolutions", *(f"against {r}" for r in (INT8, FP32, PLANES)), "goals"]
     return table(header, rows)
 
 
