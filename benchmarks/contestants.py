@@ -286,7 +286,7 @@ def training_step(bits: Sequence[int], shape: Sequence[int]) -> Contestants:
 
 
 def packed_for_images(model: nn.Module, w_bits: int, a_bits: int, image: Tensor) -> nn.Module:
-    """The model packed and prepacked, in eval, integers between its layers; the first and the last layer have 8 bits, as
+    """The model packed, prepacked, in eval, integers between its layers; the first and the last layer have 8 bits, as
     in int8."""
     ends = {"weight": qk.MinMax(8, axis=0), "activation": qk.MinMax(8)}
     names = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
