@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from .nn import PackedLayer, QuantizedLayer, SwitchableBatchNorm2d
+from .nn.packed import ReluOfValues
 from .quantizers import Quantizer
 
 Places = collections.Counter[int]
@@ -19,7 +20,7 @@ class LayerTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether m is one node of the graph."""
-        opaque = (QuantizedLayer, PackedLayer, Quantizer, SwitchableBatchNorm2d)
+        opaque = (QuantizedLayer, PackedLayer, Quantizer, SwitchableBatchNorm2d, ReluOfValues)
         return isinstance(m, opaque) or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import quantkernels as qk
 from quantkernels.nn import PackedLayer
+from quantkernels.nn.packed import ReluOfValues
 from quantkernels.quantizers import Quantizer
 from training.models import build_model
 
@@ -209,6 +210,39 @@ def test_what_cannot_have_codes_stays(name):
     check_same(model, after, images(2, 3, 12, 12))
 
 
+@pytest.mark.parametrize("what", ACTIVATIONS)
+def test_activations_become_part_of_a_layer_that_gives_values(what):
+    activation = ACTIVATIONS[what]
+    model = packed(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation, nn.MaxPool2d(2), nn.Conv2d(4, 4, 3))
+    )
+    after = qk.pass_codes(copy.deepcopy(model))
+    assert givers(after) == [] and type(after[2]) is nn.Identity
+    x = images(2, 3, 12, 12)
+    x[0, 0, 0, 0], x[1, 1, 2, 3] = float("nan"), float("inf")
+    check_same(model, after, x)
+    for dtype in (torch.float16, torch.bfloat16):
+        check_same(model.to(dtype), after.to(dtype), images(2, 3, 12, 12).to(dtype))
+
+
+class ReluFirst(nn.Module):
+    """A clamp that does not commute with the function before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.clamp = nn.Conv2d(3, 4, 3), nn.Hardtanh(-2.0, -1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.clamp(torch.relu(self.conv(x))).sum(1)
+
+
+def test_an_activation_behind_a_function_stays():
+    model = packed(ReluFirst())
+    after = qk.pass_codes(copy.deepcopy(model))
+    assert type(after.clamp) is nn.Hardtanh
+    check_same(model, after, images(2, 3, 12, 12))
+
+
 def test_one_module_in_two_places_stays():
     conv = nn.Conv2d(3, 3, 1)
     model = packed(nn.Sequential(conv, nn.Conv2d(3, 3, 1), conv))
@@ -271,6 +305,8 @@ def test_networks(name, count):
     model = packed(build_model(name, 10, stem="cifar"), qk.MinMax(2), qk.PACT(4))
     after = qk.pass_codes(copy.deepcopy(model))
     assert len(givers(after)) == count
+    assert sum(type(m) is ReluOfValues for m in after.modules()) == (8 if name == "resnet18" else 0)
+    assert len(givers(qk.pass_codes(after))) == count
     x = images(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     check_same(model, after, x)
 

@@ -113,6 +113,50 @@ struct LineSource {
   const Window& window;
   const Padded image;
 };
+
+// Windows whose lines are short and not whole steps, as those of an image of three channels: copied into rows by a load and
+// a store each. What a store writes past its line the next one overwrites, or nobody reads but with weights of zero.
+struct ShortLineSource {
+  static constexpr bool kGathers = true;
+  template <class Code>
+  static constexpr bool kGives = true;
+
+  static bool suits(const ConvGeometry& g, const Plan& plan) {
+    return plan.path == Path::kPatches && plan.depth > 0 && g.groups == 1 && g.dilation_width == 1 &&
+           g.kernel_width * g.in_channels <= 64;
+  }
+
+  void fill(int64_t pixel, int64_t count, int64_t, Rows<uint8_t>& rows) const {
+    g.kernel_width* g.in_channels <= 32 ? fill_by<32>(pixel, count, rows) : fill_by<64>(pixel, count, rows);
+  }
+
+  template <int kBytes>
+  void fill_by(int64_t pixel, int64_t count, Rows<uint8_t>& rows) const {
+    const int64_t line = g.kernel_width * g.in_channels, pitch = g.dilation_height * image.width * g.in_channels;
+    const __mmask64 there = ~0ull >> (64 - line);  // the image may end there
+    const int64_t kernel_height = g.kernel_height, width = plan.steps() * kDepth;
+    Position at(g, pixel);
+    for (int64_t i = 0; i < count; ++i, at.next()) {
+      const int64_t first = (at.n * image.height + at.oy * g.stride_height) * image.width + at.ox * g.stride_width;
+      const uint8_t* from = image.data + first * g.in_channels;
+      uint8_t* to = rows.gathered.data() + i * width;
+      rows.row[i] = to;
+      rows.window_class[i] = window.of(at.oy, at.ox);
+      for (int64_t kh = 0; kh < kernel_height; ++kh, from += pitch, to += line) {
+        const __m512i codes = _mm512_maskz_loadu_epi8(there, from);
+        if constexpr (kBytes == 32)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(codes));
+        else
+          _mm512_storeu_si512(to, codes);
+      }
+    }
+  }
+
+  const ConvGeometry& g;
+  const Plan& plan;
+  const Window& window;
+  const Padded image;
+};
 #endif
 
 // Copies each window into a row, (kh, kw, channel) as in the weights, with zeros where it leaves the image.
@@ -363,6 +407,8 @@ void lowbit_conv2d(const LowbitArgs& args) {
 #if defined(__AVX512F__)
       if (LineSource::suits(g, plan))
         return run_gemm(args, plan, weights, epilogue, LineSource{g, window, Padded(g, codes.data)});
+      if (ShortLineSource::suits(g, plan))
+        return run_gemm(args, plan, weights, epilogue, ShortLineSource{g, plan, window, Padded(g, codes.data)});
 #endif
       return run_gemm(args, plan, weights, epilogue,
                       PatchSource{g, plan, window, codes.data, g.groups == 1 && g.dilation_width == 1});

@@ -264,28 +264,31 @@ void dot_packed_taps(const uint8_t* codes, int64_t first, const int8_t* weights,
 }
 #endif
 
-// Sum of n codes, stored as bytes or widened.
+// Sum of `lines` times n codes, stored as bytes or widened; lines are `pitch` apart.
 template <class T>
-int64_t sum_codes(const T* p, int64_t n) {
-  int64_t total = 0;
+int64_t sum_codes(const T* codes, int64_t n, int64_t lines = 1, int64_t pitch = 0) {
 #if defined(__AVX512F__)
   static_assert(sizeof(T) == 1);
   const __m512i zero = _mm512_setzero_si512();
+  const __mmask64 rest = n % 64 ? ~0ull >> (64 - n % 64) : 0;
   __m512i sums = zero;
-  for (; n >= 64; n -= 64, p += 64) sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_loadu_si512(p), zero));
-  if (n > 0) sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(~0ull >> (64 - n), p), zero));
-  total = _mm512_reduce_add_epi64(sums);
-#else
-  while (n > 0) {
-    const int64_t run = n < kMaxDepth ? n : kMaxDepth;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < run; ++i) sum += p[i];
-    total += sum;
-    n -= run;
-    p += run;
+  for (int64_t line = 0; line < lines; ++line, codes += pitch) {
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_loadu_si512(codes + i), zero));
+    if (rest) sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(rest, codes + i), zero));
   }
-#endif
+  return _mm512_reduce_add_epi64(sums);
+#else
+  int64_t total = 0;
+  for (int64_t line = 0; line < lines; ++line, codes += pitch)
+    for (int64_t first = 0, run; first < n; first += run) {
+      run = n - first < kMaxDepth ? n - first : kMaxDepth;
+      int32_t sum = 0;
+      for (int64_t i = first; i < first + run; ++i) sum += codes[i];
+      total += sum;
+    }
   return total;
+#endif
 }
 
 // To codes of the same width, or widened.

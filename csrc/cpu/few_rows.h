@@ -229,7 +229,6 @@ class FewRows {
   void run(const Plan& plan, const Window& window) {
     counts(args_, count_) ? count() : multiply();
     Epilogue epilogue(args_, plan, window);
-    epilogue.take(weights_, 0, slots_);
     finish(plan, epilogue);
   }
 
@@ -393,13 +392,14 @@ class FewRows {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), four);
   }
 
-  void finish(const Plan& plan, const Epilogue& epilogue) const {
+  void finish(const Plan& plan, Epilogue& epilogue) const {
     const Output output(args_);
     parallel_for(plan.panels(), 8, [&](int64_t begin, int64_t end) {
       const int64_t padded = round_up(count_, kLanes);
       Buffer<float> staged(padded * kPanelLanes), turned(padded * kPanelLanes);
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t channel = panel * kPanelLanes, lanes = std::min<int64_t>(kPanelLanes, slots_ - channel);
+        epilogue.take(weights_, channel, channel + lanes);
         epilogue.finish(Sums<int32_t, false>{dots_.data() + channel, slots_, sums_.data(), nullptr, weights_.zero}, count_,
                         channel, lanes, staged.data());
         output.write(staged.data(), 0, count_, channel,

@@ -65,11 +65,8 @@ class CodeTiles {
   void take(const Rows<Code>& rows, int64_t count) {
     rows_ = rows.row.data();
     lines_ = {plan_.steps() / rows.lines, rows.lines, rows.pitch};
-    for (int64_t i = 0; i < count; ++i) {
-      sums_[i] = 0;
-      for (int64_t line = 0; line < rows.lines; ++line)
-        sums_[i] += static_cast<Sum>(sum_codes(rows_[i] + line * rows.pitch, plan_.depth / rows.lines));
-    }
+    for (int64_t i = 0; i < count; ++i)
+      sums_[i] = static_cast<Sum>(sum_codes(rows_[i], plan_.depth / rows.lines, rows.lines, rows.pitch));
   }
   const Sum* activations() const { return sums_.data(); }
 

@@ -565,22 +565,22 @@ void Epilogue::by_slot(int64_t first, int64_t last, float* to, const F& value) c
 }
 
 void Epilogue::take(const Weights& weights, int64_t first, int64_t last) {
-  constexpr int64_t kSome = 64;
   const EpilogueArgs& e = args_.epilogue;
   by_slot(first, last, offset_.data() + first, [&](int64_t c) { return weight_grid(c)[0]; });
   by_slot(first, last, step_.data() + first, [&](int64_t c) { return plan_.by_planes() ? 1.0f : weight_grid(c)[1]; });
   if (e.bias) by_slot(first, last, bias_.data() + first, [&](int64_t c) { return e.bias[c]; });
   if (e.scale) by_slot(first, last, scale_.data() + first, [&](int64_t c) { return e.scale[c]; });
   if (e.shift) by_slot(first, last, shift_.data() + first, [&](int64_t c) { return e.shift[c]; });
-  for (int64_t slot = first; slot < last; slot += kSome) take_taps(weights, slot, std::min(kSome, last - slot));
+  for (int64_t slot = first; slot < last; slot += kSlotsAtOnce)
+    take_taps(weights, slot, std::min(kSlotsAtOnce, last - slot));
 }
 
 void Epilogue::take_taps(const Weights& weights, int64_t slot, int64_t count) {
   const ConvGeometry& g = args_.geometry;
   const int64_t plane = g.kernel_height * g.kernel_width * slots_;
   const int digits = std::max(plan_.w_digits, 1);
-  int64_t sums[64];
-  float steps[kMaxBits][64], total[64];
+  int64_t sums[kSlotsAtOnce];
+  float steps[kMaxBits][kSlotsAtOnce], total[kSlotsAtOnce];
   if (plan_.by_planes())
     for (int i = 0; i < digits; ++i)
       by_slot(slot, slot + count, steps[i], [&](int64_t c) { return step_of_digit(args_.w_kind, weight_grid(c), i); });

@@ -156,7 +156,8 @@ class Epilogue {
   const float* weight_grid(int64_t c) const {
     return args_.epilogue.w_grid + (args_.epilogue.w_per_channel ? c * args_.epilogue.w_columns : 0);
   }
-  // window_terms_ of at most 64 slots.
+  // window_terms_ of at most kSlotsAtOnce slots.
+  static constexpr int64_t kSlotsAtOnce = 64;
   void take_taps(const Weights& weights, int64_t slot, int64_t count);
 
   const LowbitArgs& args_;

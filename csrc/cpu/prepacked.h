@@ -15,9 +15,9 @@ void prepack(const LowbitArgs& args, uint8_t* to);
 
 #if defined(__AVX512F__)
 
-// Where everything lies: tap_sums as in Weights, then the panels [groups][panels][bytes of a row][channels of a panel], of
-// which a byte is as four of another row: code 4 (i * shared + s) + j of a channel is bits s * width and on of its byte 4 i
-// + j.
+// Where everything lies: tap_sums as in Weights, then the panels, [groups][panels][packed steps][channels of the
+// panel][kDepth]. Of a packed step's bytes the lowest `width` bits are the codes of one step, the next ones those of the
+// step after it.
 class Prepacked {
  public:
   Prepacked(const LowbitArgs& args, const Plan& plan)

@@ -153,9 +153,10 @@ class PackedLayer(nn.Module):
         grid = self.activation_grid[self.widths.activation.index(self.activation_bits)]
         return Coding(grid, self.activation_kind, 2**self.activation_bits - 1)
 
-    def give_codes(self, taker: PackedLayer, lower: float, upper: float) -> None:
-        """From now on clamp to [lower, upper], and give the codes that the next layer makes of that (`pass_codes`)."""
-        self.taker, self.clamp = (taker,), Output(None, lower, upper)
+    def give_codes(self, taker: PackedLayer | None, lower: float, upper: float) -> None:
+        """From now on clamp to [lower, upper], and give the codes that the next layer makes of that (`pass_codes`), or
+        values where there is no such layer."""
+        self.taker, self.clamp = (() if taker is None else (taker,)), Output(None, lower, upper)
 
     def output_for(self, x: Tensor) -> Output:
         """What to give for an input x. What is float32 becomes the same codes here as in the next layer; of halves it
@@ -256,6 +257,14 @@ class PackedLayer(nn.Module):
         folded = ", folded" if self.scale is not None else ""
         prepacked = "" if self.prepacked is None else ", prepacked"
         return text + several + folded + prepacked + (", gives codes" if self.taker else "")
+
+
+class ReluOfValues(nn.ReLU):
+    """A ReLU that codes pass as they are: those of a quantizer whose levels begin at 0 or above (`pass_codes`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x where it is codes, else max(x, 0)."""
+        return x if x.dtype == torch.uint8 else super().forward(x)
 
 
 def weight_at(layer: QuantizedLayer, bit_widths: Sequence[int] | None) -> tuple[Tensor, Coding]:

@@ -119,6 +119,14 @@ ARGUMENTS: dict[str, Callable[[Problem, str], tuple[Any, ...]]] = {
         int(p.kind),
         _rows(p).shape[1],
     ),
+    "prepack_weight": lambda p, d: (
+        pack_bitplanes(_codes(p), p.kind, p.levels).to(d),
+        int(p.kind),
+        p.levels,
+        _rows(p).shape[1],
+        [1, 1],
+        1,
+    ),
     "quantize_pack": lambda p, d: (_rows(p).x(d), _rows(p).grid(d), int(p.kind), p.levels, _rows(p).axis),
 }
 

@@ -75,6 +75,28 @@ def test_is_bit_equal_to_the_reference(backend, problem):
     assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (3, 2, 1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "channels, kernel, stride, dilation",
+    [
+        (3, (7, 7), (2, 2), (1, 1)),
+        (3, (3, 3), (1, 1), (2, 1)),
+        (1, (5, 3), (1, 2), (1, 1)),
+        (9, (2, 7), (3, 1), (1, 1)),
+        (13, (3, 5), (1, 1), (1, 1)),
+    ],
+    ids=str,
+)
+def test_short_lines(channels, kernel, stride, dilation, padding, dtype):
+    # Lines of a window that are not whole steps of the CPU's kernels, of up to 32, up to 64 and more codes.
+    window = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    for batch, size, layout in ((1, (9, 8), "contiguous"), (2, (23, 31), "channels_last")):
+        problem = LowbitProblem((batch, channels, *size), 21, **window, dtype=dtype, layout=layout, extras="b")
+        y = torch.ops.quantkernels.lowbit_conv2d(*problem.arguments())
+        assert_bit_equal(y, reference.lowbit_conv2d(*problem.arguments()))
+
+
 @pytest.mark.parametrize("w_quantizer", [*KINDS, *BITS[1:7]], ids=str)
 @pytest.mark.parametrize("x_quantizer", [*KINDS, *BITS[1:7]], ids=str)
 def test_every_pair_of_quantizers(x_quantizer, w_quantizer):
