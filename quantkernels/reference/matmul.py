@@ -39,6 +39,22 @@ def digit_steps(grid: Tensor, kind: int, count: int) -> Tensor:
     return grid[:, 1:2] * torch.tensor(weights, device=grid.device)
 
 
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """float32 a * b + c, rounded once.
+
+    In float64 the product is exact; the sum is rounded to odd (Boldo and Melquiond, 2008): where it loses something,
+    its last bit is 1, which makes the rounding to float32 that of the exact sum, ties among the float32 included.
+    """
+    product, c = torch.broadcast_tensors(a.double() * b.double(), c.double())
+    total = product + c
+    back = total - product
+    lost = (product - (total - back)) + (c - back)
+    bits = total.view(torch.int64)
+    to_odd = torch.where((lost > 0) == (total > 0), 1, -1)
+    even = (bits & 1) == 0
+    return torch.where(even & torch.isfinite(lost) & (lost != 0), bits + to_odd, bits).view(torch.float64).float()
+
+
 Product = Callable[[Tensor, Tensor], Tensor]
 """What multiplies an activation and a weight in float64, the result that of exact integers."""
 
@@ -103,8 +119,7 @@ def epilogue(
     if bias is not None:
         y = y + bias.float().reshape(shape)
     if scale is not None and shift is not None:
-        # A fused multiply-add: in float64 the product is exact, so this rounds once.
-        y = (y.double() * scale.double().reshape(shape) + shift.double().reshape(shape)).float()
+        y = fused_multiply_add(y, scale.reshape(shape), shift.reshape(shape))
     y = torch.where(y < lower, lower, y)
     y = torch.where(y > upper, upper, y)
     if out_grid is None:

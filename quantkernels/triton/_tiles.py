@@ -113,9 +113,17 @@ def in_layout_of(t: Tensor, like: Tensor) -> Tensor:
 
 @triton.jit
 def multiply_add(a, b, c):
-    """a * b + c, rounded once. The interpreter's fma rounds twice: there float64 stands in, which holds the product."""
+    """a * b + c, rounded once. The interpreter's fma rounds twice: there float64 stands in, which holds the product,
+    with a sum rounded to odd as in ``quantkernels.reference``."""
     if _INTERPRETED:
-        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+        product, more = a.to(tl.float64) * b.to(tl.float64), c.to(tl.float64)
+        total = product + more
+        back = total - product
+        lost = (product - (total - back)) + (more - back)
+        bits = total.to(tl.int64, bitcast=True)
+        inexact = ((bits & 1) == 0) & (lost != 0) & (lost == lost) & (tl.abs(lost) != float("inf"))
+        to_odd = tl.where((lost > 0) == (total > 0), 1, -1)
+        return (bits + tl.where(inexact, to_odd, 0)).to(tl.float64, bitcast=True).to(tl.float32)
     return tl.fma(a, b, c)
 
 

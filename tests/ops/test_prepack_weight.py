@@ -65,13 +65,13 @@ def test_sums_beyond_int32():
     check(LowbitProblem((1, 3_700, 4, 4), 3, (3, 3), w_quantizer=(Kind.UNIFORM, 15), dtype=torch.uint8))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(problem=conv_problems())
 def test_any_convolution(problem):
     check(problem)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 60),
     features=st.integers(0, 150),

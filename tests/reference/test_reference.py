@@ -4,12 +4,16 @@ values."""
 from __future__ import annotations
 
 import itertools
+import math
+from fractions import Fraction
 
 import pytest
 import torch
 from torch.nn import functional
 
 from quantkernels import reference
+from quantkernels.reference.matmul import fused_multiply_add
+from quantkernels.testing import assert_bit_equal
 
 INF = float("inf")
 
@@ -183,3 +187,39 @@ def test_stats(axis):
         a = candidates[channel, j]
         q = reference.fake_quantize(rows[channel], torch.stack([-a, (a + a) / 3, a * 0])[None], 0, 3)
         assert torch.allclose((q - rows[channel]).square().sum(), errors[channel, j])
+
+
+def rounded(value: Fraction) -> float:
+    """The float32 nearest to an exact number, ties to even."""
+    if value == 0:
+        return 0.0
+    exponent = max(math.floor(math.log2(abs(value))) - 23, -149)
+    while abs(value) / Fraction(2) ** exponent >= 2**24:
+        exponent += 1
+    while exponent > -149 and abs(value) / Fraction(2) ** exponent < 2**23:
+        exponent -= 1
+    return float(round(value / Fraction(2) ** exponent) * Fraction(2) ** exponent)
+
+
+def test_a_fused_multiply_add_rounds_once():
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = torch.randn(3, 4000, generator=generator)
+    a[:2000] = (a[:2000] * 4096).round() / 4096 + 2.0**-12  # products that are ties between float32, or nearly
+    b[:2000] = (b[:2000] * 2048).round() / 2048
+    c *= 2.0 ** torch.randint(-80, 20, (4000,), generator=generator)
+    c[::7] = 0.0
+    fused = fused_multiply_add(a, b, c)
+    exact = [
+        Fraction(x) * Fraction(y) + Fraction(z) for x, y, z in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)
+    ]
+    assert fused.tolist() == [rounded(value) for value in exact]
+    twice = (a.double() * b.double() + c.double()).float()
+    assert (fused != twice).any()
+
+
+def test_a_fused_multiply_add_of_what_is_not_finite():
+    inf, nan = float("inf"), float("nan")
+    a = torch.tensor([inf, 1.0, nan, 3e38, 0.0, -0.0, inf])
+    b = torch.tensor([1.0, 2.0, 1.0, 3e38, 5.0, 1.0, 1.0])
+    c = torch.tensor([1.0, -inf, 0.0, 1.0, -0.0, -0.0, -inf])
+    assert_bit_equal(fused_multiply_add(a, b, c), torch.tensor([inf, -inf, nan, inf, 0.0, -0.0, nan]))
