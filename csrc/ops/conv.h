@@ -153,8 +153,12 @@ Tensor prepack_weight(const Tensor& planes_in, int64_t w_kind, int64_t w_levels,
                    .dilation_width = 1,
                    .groups = groups};
   const int64_t bytes = Backend::prepacked_bytes(args);
-  Tensor out = new_tensor(planes, {bytes}, ScalarType::Byte);
-  if (bytes > 0) Backend::prepack(args, static_cast<uint8_t*>(out.mutable_data_ptr()));
+  Tensor out = new_tensor(planes, {bytes > 0 ? PrepackedHeader::kBytes + bytes : 0}, ScalarType::Byte);
+  if (bytes == 0) return out;
+  uint8_t* const data = static_cast<uint8_t*>(out.mutable_data_ptr());
+  const PrepackedHeader header(args);
+  std::memcpy(data, &header, sizeof header);
+  Backend::prepack(args, data + PrepackedHeader::kBytes);
   return out;
 }
 

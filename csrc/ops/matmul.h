@@ -1,6 +1,7 @@
 #pragma once
 // lowbit_linear, and what it shares with lowbit_conv2d: checks and allocation, the same for every backend.
 
+#include <cstring>
 #include <vector>
 
 #include "core/algebra.h"
@@ -130,6 +131,25 @@ inline LowbitArgs lowbit_args(const LowbitCall& call, int64_t columns, LowbitTen
   return args;
 }
 
+// What a prepacked weight begins with, so that it is not taken for another one or for another version's.
+struct PrepackedHeader {
+  static constexpr int64_t kLayout = 1;  // of what backends write behind it
+  static constexpr int64_t kBytes = 64;
+
+  explicit PrepackedHeader(const LowbitArgs& args)
+      : fields{kLayout,
+               static_cast<int64_t>(args.w_kind),
+               args.w_levels,
+               args.geometry.kernel_height,
+               args.geometry.kernel_width,
+               args.geometry.in_channels,
+               args.geometry.out_channels,
+               args.geometry.groups} {}
+
+  int64_t fields[8];
+};
+static_assert(sizeof(PrepackedHeader) == PrepackedHeader::kBytes);
+
 // The weight as prepack_weight() of the same backend arranged it. args: complete but for x and the output.
 template <class Backend>
 void take_prepacked(const LowbitCall& call, LowbitArgs& args, LowbitTensors& tensors) {
@@ -138,10 +158,15 @@ void take_prepacked(const LowbitCall& call, LowbitArgs& args, LowbitTensors& ten
   check_same_device(call.op, "prepacked", *call.prepacked, call.x);
   const int64_t bytes = Backend::prepacked_bytes(args);
   if (bytes == 0) return;
-  QK_CHECK(call.prepacked->numel() == bytes, call.op, "prepacked",
-           "what prepack_weight makes of these planes (" + std::to_string(bytes) + " bytes)", call.prepacked->numel());
+  QK_CHECK(call.prepacked->numel() == PrepackedHeader::kBytes + bytes, call.op, "prepacked",
+           "what prepack_weight makes of these planes (" + std::to_string(PrepackedHeader::kBytes + bytes) + " bytes)",
+           call.prepacked->numel());
   tensors.prepacked = as_contiguous(*call.prepacked);
-  args.prepacked = static_cast<const uint8_t*>(tensors.prepacked->const_data_ptr());
+  const uint8_t* const data = static_cast<const uint8_t*>(tensors.prepacked->const_data_ptr());
+  const PrepackedHeader header(args);
+  QK_CHECK(std::memcmp(data, &header, sizeof header) == 0, call.op, "prepacked",
+           "what this version's prepack_weight makes of these planes", "that of another weight or version");
+  args.prepacked = data + PrepackedHeader::kBytes;
 }
 
 inline void check_activation(const char* op, const Tensor& x) {
