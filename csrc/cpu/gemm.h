@@ -228,7 +228,7 @@ class PanelMaker {
   }
 
   // Rows that are multiplied at a time: prepacked weights stay in registers with fewer.
-  int tile_rows() const { return few_ ? 4 : kTileRows; }
+  int tile_rows() const { return few_ ? kFewTileRows : kTileRows; }
 
   // What a thread has of its own.
   struct Scratch {
@@ -259,7 +259,7 @@ class PanelMaker {
     if (!few_)
       return with_tile(count, vectors, [&]<int R, int V>() { dot_tile<R, V>(rows, scratch.panel, {plan_.steps()}, dots); });
     with_tile(count, vectors, [&]<int R, int V>() {
-      if constexpr (R <= 4)
+      if constexpr (R <= kFewTileRows)
         with_width(prepacked_.width(), [&]<int kWidth>() {
           dot_packed_tile<R, V, kWidth>(rows, prepacked_.panel(0, index), plan_.steps(), dots);
         });
@@ -269,6 +269,8 @@ class PanelMaker {
   Weights weights;  // their sums alone
 
  private:
+  static constexpr int kFewTileRows = 4;
+
   const LowbitArgs& args_;
   const Plan& plan_;
   const Prepacked prepacked_;

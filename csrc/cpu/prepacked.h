@@ -34,7 +34,6 @@ class Prepacked {
 
   int width() const { return width_; }
   int shared() const { return 8 / width_; }
-  int64_t steps() const { return steps_; }
   int64_t packed_steps() const { return divide_up(steps_, shared()); }
   int64_t sums_bytes() const { return round_up(sums_ * static_cast<int64_t>(sizeof(int64_t)), 64); }
   int64_t sums_count() const { return sums_; }

@@ -136,22 +136,7 @@ Tensor prepack_weight(const Tensor& planes_in, int64_t w_kind, int64_t w_levels,
   args.words = planes.size(2);
   args.x_kind = Kind::kUniform;
   args.x_levels = 1;
-  args.geometry = {.batch = 1,
-                   .in_channels = channels * groups,
-                   .in_height = kernel_size[0],
-                   .in_width = kernel_size[1],
-                   .out_channels = out_channels,
-                   .out_height = 1,
-                   .out_width = 1,
-                   .kernel_height = kernel_size[0],
-                   .kernel_width = kernel_size[1],
-                   .stride_height = 1,
-                   .stride_width = 1,
-                   .pad_top = 0,
-                   .pad_left = 0,
-                   .dilation_height = 1,
-                   .dilation_width = 1,
-                   .groups = groups};
+  args.geometry = one_window(channels * groups, out_channels, kernel_size[0], kernel_size[1], groups);
   const int64_t bytes = Backend::prepacked_bytes(args);
   Tensor out = new_tensor(planes, {bytes > 0 ? PrepackedHeader::kBytes + bytes : 0}, ScalarType::Byte);
   if (bytes == 0) return out;

@@ -176,6 +176,27 @@ inline void check_activation(const char* op, const Tensor& x) {
            "float32, float16, bfloat16, or uint8 codes", type);
 }
 
+// A convolution of one window that fills its image; of a kernel of 1 x 1 a linear layer of one row.
+inline ConvGeometry one_window(int64_t in_channels, int64_t out_channels, int64_t kernel_height, int64_t kernel_width,
+                               int64_t groups) {
+  return {.batch = 1,
+          .in_channels = in_channels,
+          .in_height = kernel_height,
+          .in_width = kernel_width,
+          .out_channels = out_channels,
+          .out_height = 1,
+          .out_width = 1,
+          .kernel_height = kernel_height,
+          .kernel_width = kernel_width,
+          .stride_height = 1,
+          .stride_width = 1,
+          .pad_top = 0,
+          .pad_left = 0,
+          .dilation_height = 1,
+          .dilation_width = 1,
+          .groups = groups};
+}
+
 template <class Backend>
 Tensor lowbit_linear(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int64_t x_levels, const Tensor& planes,
                      const Tensor& w_grid, int64_t w_kind, int64_t w_levels, const std::optional<Tensor>& bias,
@@ -192,22 +213,7 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& x_grid, int64_t x_kind, int6
   tensors.x = as_contiguous(x);
 
   ConvGeometry& g = args.geometry;
-  g = {.batch = 1,
-       .in_channels = features,
-       .in_height = 1,
-       .in_width = 1,
-       .out_channels = g.out_channels,
-       .out_height = 1,
-       .out_width = 1,
-       .kernel_height = 1,
-       .kernel_width = 1,
-       .stride_height = 1,
-       .stride_width = 1,
-       .pad_top = 0,
-       .pad_left = 0,
-       .dilation_height = 1,
-       .dilation_width = 1,
-       .groups = 1};
+  g = one_window(features, g.out_channels, 1, 1, 1);
   std::vector<int64_t> shape;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) {
     g.batch *= x.size(d);
