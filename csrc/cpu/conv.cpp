@@ -127,7 +127,8 @@ struct ShortLineSource {
   }
 
   void fill(int64_t pixel, int64_t count, int64_t, Rows<uint8_t>& rows) const {
-    g.kernel_width* g.in_channels <= 32 ? fill_by<32>(pixel, count, rows) : fill_by<64>(pixel, count, rows);
+    const bool fits_32 = g.kernel_width * g.in_channels <= 32;
+    fits_32 ? fill_by<32>(pixel, count, rows) : fill_by<64>(pixel, count, rows);
   }
 
   template <int kBytes>

@@ -205,8 +205,7 @@ class FewRows {
   // Whether a product is one of these.
   static bool suits(const LowbitArgs& args, const Plan& plan, int64_t pixels) {
     return plan.path == Path::kRows && plan.groups == 1 && plan.depth > 0 && !plan.wide && !plan.by_planes() &&
-           (args.prepacked ? counts_best(args) && pixels <= kMostCounted
-                           : pixels <= (counts(args, pixels) ? kMostCounted : kMost));
+           pixels <= most_rows(args, plan, pixels);
   }
 
   // rows [count]: plan.depth codes each.
@@ -233,17 +232,22 @@ class FewRows {
   }
 
  private:
-  static constexpr int64_t kMost = 48, kMostCounted = 512;
+  static constexpr int64_t kMost = 48, kMostBesideTables = 24, kMostCounted = 512;
   static constexpr int kAtOnce = 4;
 
   // Whether ones that planes share are counted. A pair of planes costs a sixth of a product of codes, which for a few rows
   // have to be unpacked for it first.
   static bool counts(const LowbitArgs& args, int64_t count) {
-    const int w_bits = args.w_bits, x_bits = bits_of(args.x_kind, args.x_levels);
-    return w_bits <= 2 && w_bits * x_bits <= (count <= 2 ? 4 : 2);
+    return args.w_bits <= 2 && pairs(args) <= (count <= 2 ? 4 : 2);
   }
-  // Whether that is faster than prepacked codes.
-  static bool counts_best(const LowbitArgs& args) { return args.w_bits * bits_of(args.x_kind, args.x_levels) <= 2; }
+  static int pairs(const LowbitArgs& args) { return args.w_bits * bits_of(args.x_kind, args.x_levels); }
+  // Up to how many rows nothing is faster. One pair is counted faster than its sums are looked up (cpu/tables.h).
+  static int64_t most_rows(const LowbitArgs& args, const Plan& plan, int64_t count) {
+    if (args.prepacked ? pairs(args) <= 2 : counts(args, count))
+      return plan.by_tables() && pairs(args) > 1 ? kMostBesideTables : kMostCounted;
+    if (args.prepacked) return 0;
+    return plan.by_tables() ? kMostBesideTables : kMost;
+  }
 
   // f(first, last) for kWeightRows weight rows, in parallel.
   template <class F>

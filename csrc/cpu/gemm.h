@@ -31,10 +31,11 @@ struct Rows {
 // What multiplies a block of rows, a tile at a time: rows [first, first + count) by the vectors of a panel.
 //
 //   using Code, Sum
+//   static constexpr int kRows                           of a tile
 //   void take(const Rows<Code>& rows, int64_t count)     a new block
 //   const Sum* activations() const                       SA, a row each
 //   void begin(int64_t group, int64_t panel)             before that panel is multiplied
-//   void multiply(int64_t first, int count, int64_t group, int64_t panel, int vectors, Sum* dots)
+//   const Sum* multiply(int64_t first, int count, int64_t group, int64_t panel, int vectors, Sum* scratch) [count][vectors]
 
 // Integer sums of codes. Sum is int64_t where K may overflow int32.
 template <class SumOfCodes>
@@ -42,6 +43,7 @@ class CodeTiles {
  public:
   using Code = Activation;
   using Sum = SumOfCodes;
+  static constexpr int kRows = kTileRows;
 
   CodeTiles([[maybe_unused]] const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue&)
       : plan_(plan), weights_(weights), sums_(plan.block) {
@@ -70,7 +72,7 @@ class CodeTiles {
   }
   const Sum* activations() const { return sums_.data(); }
 
-  void multiply(int64_t first, int count, int64_t, int64_t, int vectors, Sum* dots) const {
+  const Sum* multiply(int64_t first, int count, int64_t, int64_t, int vectors, Sum* dots) const {
     if constexpr (sizeof(Sum) == sizeof(int32_t)) {
       run_tile(rows_ + first, count, panel_, vectors, lines_, dots);
     } else {
@@ -86,6 +88,7 @@ class CodeTiles {
         for (int i = 0; i < n; ++i) dots[i] += partial[i];
       }
     }
+    return dots;
   }
 
  private:
@@ -110,6 +113,7 @@ class PlaneTiles {
  public:
   using Code = uint8_t;
   using Sum = float;
+  static constexpr int kRows = kTileRows;
 
   PlaneTiles(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue& epilogue)
       : kind_(args.x_kind),
@@ -131,7 +135,7 @@ class PlaneTiles {
   const Sum* activations() const { return sums_.data(); }
   void begin(int64_t, int64_t) {}
 
-  void multiply(int64_t first, int count, int64_t group, int64_t index, int vectors, Sum* dots) const {
+  const Sum* multiply(int64_t first, int count, int64_t group, int64_t index, int vectors, Sum* dots) const {
     const int lanes = vectors * kLanes;
     const int64_t slot = (group * plan_.group_vectors + index * kTileVectors) * kLanes;
     std::fill(dots, dots + count * lanes, 0.0f);
@@ -147,6 +151,7 @@ class PlaneTiles {
           for (int c = 0; c < lanes; ++c)
             dots[r * lanes + c] = add_digit(dots[r * lanes + c], step[c], static_cast<float>(counts[r * lanes + c]));
       }
+    return dots;
   }
 
  private:
@@ -160,6 +165,138 @@ class PlaneTiles {
   Buffer<float> sums_;       // [block]
 };
 
+#if defined(__AVX512F__)
+// Integer sums of codes, looked up in tables.
+class TableTiles {
+ public:
+  using Code = uint8_t;
+  using Sum = int32_t;
+  static constexpr int kRows = kTableRows;
+
+  TableTiles(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue&)
+      : plan_(plan),
+        weights_(weights),
+        step_bytes_(plan.tables * kTableBytes),
+        row_(plan.table_steps() * kTableDepth),
+        tables_(plan.block * plan.table_steps() * step_bytes_),
+        first_(plan.block),
+        sums_(plan.block),
+        dots_(plan.block * kPanelLanes) {
+    if (weights.has_panels()) return;
+    prepacked_.emplace(args, plan);
+    places_ = Buffer<uint8_t>(kPieceBytes + kPanelLanes * kTablePlanes * 4);
+  }
+
+  // Multiplies all rows, by so much of the panel at a time as stays in the first-level cache.
+  void begin(int64_t group, int64_t index) {
+    const int64_t vectors = plan_.panel_vectors(index), step_bytes = vectors * plan_.table_planes * 64;
+    const int64_t most = kPieceBytes / step_bytes;
+    const uint8_t* const panel =
+        prepacked_ ? prepacked_->panel(group, index) : reinterpret_cast<const uint8_t*>(weights_.panel(plan_, group, index));
+    if (lines_.steps <= most) {  // whole lines
+      const int64_t together = most / lines_.steps;
+      for (int64_t line = 0; line < lines_.count; line += together)
+        multiply_piece(panel, vectors, line * lines_.steps, line * lines_.pitch,
+                       {lines_.steps, std::min(together, lines_.count - line), lines_.pitch});
+      return;
+    }
+    for (int64_t line = 0; line < lines_.count; ++line)
+      for (int64_t step = 0; step < lines_.steps; step += most)
+        multiply_piece(panel, vectors, line * lines_.steps + step, line * lines_.pitch + step * step_bytes_,
+                       {std::min(most, lines_.steps - step)});
+  }
+
+  void take(const Rows<Code>& rows, int64_t count) {
+    const int64_t line = plan_.depth / rows.lines;
+    count_ = count;
+    for (int64_t i = 0; i < count; ++i) sums_[i] = static_cast<Sum>(sum_codes(rows.row[i], line, rows.lines, rows.pitch));
+    if (overlap(rows, count, line)) {
+      // Windows share codes, so tables of all from the first to the last.
+      const Code* const first = rows.row[0];
+      fill(first, rows.row[count - 1] - first + (rows.lines - 1) * rows.pitch + line, tables_.data());
+      for (int64_t i = 0; i < count; ++i) first_[i] = table_at((rows.row[i] - first) / kTableDepth);
+      lines_ = {divide_up(line, kTableDepth), rows.lines, rows.pitch / kTableDepth * step_bytes_};
+      return;
+    }
+    lines_ = {plan_.table_steps()};
+    for (int64_t i = 0; i < count; ++i) {
+      const Code* row = rows.row[i];
+      if (rows.lines > 1) {
+        for (int64_t l = 0; l < rows.lines; ++l) copy_codes(row_.data() + l * line, row + l * rows.pitch, line);
+        row = row_.data();
+      }
+      uint8_t* const to = table_at(i * plan_.table_steps());
+      fill(row, plan_.depth, to);
+      first_[i] = to;
+    }
+  }
+  const Sum* activations() const { return sums_.data(); }
+
+  const Sum* multiply(int64_t first, int, int64_t, int64_t, int vectors, Sum*) const {
+    return dots_.data() + first * vectors * kLanes;
+  }
+
+ private:
+  static constexpr int64_t kPieceBytes = 20 << 10;
+
+  // All rows by steps of the panel from `first_step` on, whose tables are `at` bytes behind the rows' first ones.
+  void multiply_piece(const uint8_t* panel, int64_t vectors, int64_t first_step, int64_t at, Lines lines) const {
+    const int64_t row = vectors * plan_.table_planes * 64, count = lines.steps * lines.count;
+    const uint8_t* places = panel + first_step * row;
+    if (prepacked_) {
+      const int64_t shared = kTablePlanes / plan_.table_planes;  // steps that lie in the same bytes
+      const int64_t from = first_step / shared * shared;
+      (plan_.table_planes == 1 ? place_panel<1> : place_panel<2>)(panel + from / shared * vectors * 64,
+                                                                  first_step + count - from, vectors, places_.data());
+      places = places_.data() + (first_step - from) * row;
+    }
+    const auto run = [&]<int kPlanes, int kTables>() {
+      for (int64_t first = 0; first < count_; first += kRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRows, count_ - first));
+        const uint8_t* tables[kRows];
+        for (int r = 0; r < rows; ++r) tables[r] = first_[first + r] + at;
+        Sum* const dots = dots_.data() + first * vectors * kLanes;
+        with_tile(rows, static_cast<int>(vectors), [&]<int R, int V>() {
+          if constexpr (R <= kRows)
+            (first_step ? table_tile<R, V, kPlanes, kTables, true>
+                        : table_tile<R, V, kPlanes, kTables, false>)(tables, places, lines, dots);
+        });
+      }
+    };
+    if (plan_.table_planes == 2) return run.template operator()<2, 1>();
+    plan_.tables == 2 ? run.template operator()<1, 2>() : run.template operator()<1, 1>();
+  }
+
+  // Whether rows lie in memory so that tables of a step of one are those of a step of another, and fewer do for all.
+  bool overlap(const Rows<Code>& rows, int64_t count, int64_t line) const {
+    const auto whole = [](int64_t codes) { return codes % kTableDepth == 0; };
+    if (rows.lines > 1 && !(whole(line) && whole(rows.pitch))) return false;
+    for (int64_t i = 1; i < count; ++i)
+      if (rows.row[i] < rows.row[i - 1] || !whole(rows.row[i] - rows.row[i - 1])) return false;
+    const int64_t all = rows.row[count - 1] - rows.row[0] + (rows.lines - 1) * rows.pitch + line;
+    return divide_up(all, kTableDepth) <= count * plan_.table_steps();
+  }
+
+  uint8_t* table_at(int64_t step) const { return tables_.data() + step * step_bytes_; }
+  void fill(const Code* codes, int64_t n, uint8_t* to) const {
+    (plan_.tables == 1 ? fill_tables<1> : fill_tables<2>)(codes, n, to);
+  }
+
+  const Plan& plan_;
+  const Weights& weights_;
+  const int64_t step_bytes_;
+  std::optional<Prepacked> prepacked_;  // where there are no panels
+  Buffer<uint8_t> places_;              // a piece of one
+  Buffer<Code> row_;                    // whose lines lie apart
+  Buffer<uint8_t> tables_;              // [steps][tables][kTableBytes]
+  Buffer<const uint8_t*> first_;        // [block]: where each row's begin
+  Buffer<Sum> sums_;                    // [block]
+  Buffer<Sum> dots_;                    // [block][channels of the panel]
+  int64_t count_ = 0;
+  Lines lines_{};
+};
+#endif
+
 template <class Tiles, class Source>
 void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, const Epilogue& epilogue,
               const Source& source) {
@@ -172,7 +309,8 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
     Tiles tiles(args, plan, weights, epilogue);
     const int64_t padded = round_up(plan.block, kLanes);
     Buffer<float> staged(padded * kPanelLanes), turned(padded * kPanelLanes);
-    Sum dots[kTileRows * kPanelLanes];
+    constexpr int kRows = Tiles::kRows;
+    Sum scratch[kRows * kPanelLanes];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, block = task / chunks % blocks, group = task / chunks / blocks;
       const int64_t pixel = block * plan.block, count = std::min(plan.block, pixels - pixel);
@@ -184,9 +322,9 @@ void multiply(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
         const int vectors = plan.panel_vectors(index);
         const int64_t slot = (group * plan.group_vectors + index * kTileVectors) * kLanes;
         tiles.begin(group, index);
-        for (int64_t first = 0; first < count; first += kTileRows) {
-          const int tile = static_cast<int>(std::min<int64_t>(kTileRows, count - first));
-          tiles.multiply(first, tile, group, index, vectors, dots);
+        for (int64_t first = 0; first < count; first += kRows) {
+          const int tile = static_cast<int>(std::min<int64_t>(kRows, count - first));
+          const Sum* const dots = tiles.multiply(first, tile, group, index, vectors, scratch);
           epilogue.finish(Sums<Sum, false>{dots, vectors * kLanes, tiles.activations() + first,
                                            rows.window_class.data() + first, static_cast<Sum>(weights.zero)},
                           tile, slot, vectors * kLanes, staged.data() + first * kPanelLanes);
@@ -211,6 +349,7 @@ inline constexpr int64_t kFewRows = 48;
 inline bool suits_panels(const LowbitArgs& args, const Plan& plan, int64_t pixels) {
   constexpr int64_t kFewestPanels = 16, kMostRows = 4096;
   return plan.path == Path::kRows && plan.groups == 1 && plan.depth > 0 && !plan.wide && !plan.by_planes() &&
+         !plan.by_tables() &&
          ((plan.panels() >= kFewestPanels && pixels <= kMostRows) || (args.prepacked && pixels <= kFewRows));
 }
 
@@ -321,6 +460,9 @@ void run_gemm(const LowbitArgs& args, const Plan& plan, const Weights& weights, 
               const Source& source) {
   if constexpr (Source::template kGives<PlaneTiles::Code>)
     if (plan.by_planes()) return multiply<PlaneTiles>(args, plan, weights, epilogue, source);
+#if defined(__AVX512F__)
+  if (plan.by_tables()) return multiply<TableTiles>(args, plan, weights, epilogue, source);
+#endif
   if constexpr (Source::template kGives<Activation>)
     plan.wide ? multiply<CodeTiles<int64_t>>(args, plan, weights, epilogue, source)
               : multiply<CodeTiles<int32_t>>(args, plan, weights, epilogue, source);

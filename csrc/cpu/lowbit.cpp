@@ -224,6 +224,17 @@ void sum_taps(const LowbitArgs& args, const Plan& plan, const WeightVector& v, c
   }
 }
 
+// Both, of the vectors of a panel.
+void turn_panel(const LowbitArgs& args, const Plan& plan, int64_t group, int64_t index, const TurnedPlanes& turned,
+                Weights& weights) {
+  const int64_t first = group * plan.group_vectors + index * kTileVectors;
+  for (int64_t vector = first; vector < first + plan.panel_vectors(index); ++vector) {
+    const WeightVector v(plan, vector);
+    turn_planes(args, plan, v, turned);
+    sum_taps(args, plan, v, turned, weights);
+  }
+}
+
 // Of a word of each of kLanes channels in each of kPlanes planes, planes `plane` words apart, the codes as eight steps of
 // kDepth a channel: up to three planes by mask registers, which take the bits of a step, more by an affine map over GF(2).
 template <int kPlanes>
@@ -300,12 +311,8 @@ void expand_planes(Kind kind, const TurnedPlanes& turned, int64_t count, int64_t
 
 void expand_panel(const LowbitArgs& args, const Plan& plan, int64_t group, int64_t index, const TurnedPlanes& turned,
                   Weight* to, Weights& weights) {
-  const int64_t first = index * kTileVectors, vectors = std::min<int64_t>(kTileVectors, plan.group_vectors - first);
-  for (int64_t vector = first; vector < first + vectors; ++vector) {
-    const WeightVector v(plan, group * plan.group_vectors + vector);
-    turn_planes(args, plan, v, turned);
-    sum_taps(args, plan, v, turned, weights);
-  }
+  const int64_t vectors = plan.panel_vectors(index);
+  turn_panel(args, plan, group, index, turned, weights);
   constexpr auto by_planes = []<int... kIndex>(std::integer_sequence<int, kIndex...>) {
     return std::array{&expand_planes<kIndex + 1>...};
   }(std::make_integer_sequence<int, kMaxBits>{});
@@ -321,6 +328,34 @@ void expand_panel(const LowbitArgs& args, const Plan& plan, int64_t group, int64
 }
 
 namespace {
+
+// The same as places in tables.
+void expand_places(const LowbitArgs& args, const Plan& plan, int64_t group, int64_t index, const TurnedPlanes& turned,
+                   uint8_t* to, Weights& weights) {
+  const int64_t vectors = plan.panel_vectors(index), steps = plan.table_steps(), row = vectors * args.w_bits * 64;
+  turn_panel(args, plan, group, index, turned, weights);
+  for (int64_t step = 0; step < steps; step += 2)
+    for (int64_t v = 0; v < vectors; ++v)
+      for (int digit = 0; digit < args.w_bits; ++digit) {
+        const auto words = [&](int plane) {
+          return _mm512_load_si512(turned.of(v) + plane * turned.stride + step / 2 * kLanes);
+        };
+        __m512i bits = words(plane_of_digit(args.w_kind, args.w_bits, digit)), places[2];
+        // Thermometers 00, 01, 11 are codes 0, 1, 2.
+        if (args.w_kind == Kind::kTernary && digit == 0) bits = _mm512_xor_si512(bits, words(1));
+        places_of_words(bits, places);
+        uint8_t* const at = to + step * row + (v * args.w_bits + digit) * 64;
+        _mm512_store_si512(at, places[0]);
+        if (step + 1 < steps) _mm512_store_si512(at + row, places[1]);
+      }
+  // What is read past K is in no sum.
+  if (const int64_t rest = plan.depth % kTableDepth; rest > 0) {
+    uint32_t there = 0x30303030;
+    for (int64_t k = 0; k < rest; ++k) there |= 8u >> k % 4 << k / 4 * 8;
+    for (uint8_t* at = to + (steps - 1) * row; at < to + steps * row; at += 64)
+      _mm512_store_si512(at, _mm512_and_si512(_mm512_load_si512(at), _mm512_set1_epi32(static_cast<int>(there))));
+  }
+}
 #endif
 
 void arrange_planes(const LowbitArgs& args, const Plan& plan, const WeightVector& v, WeightScratch& scratch,
@@ -381,6 +416,40 @@ void add_tap_sums(const int64_t* tap_sums, int64_t slots, int64_t count, int64_t
     }
 }
 
+// By tables, how many steps a pixel adds to those of its block: windows share theirs, but for what surrounds the block.
+int64_t steps_a_pixel(const ConvGeometry& g, const Plan& plan) {
+  const bool shared =
+      plan.path == Path::kPatches && g.groups == 1 && g.dilation_width == 1 && g.in_channels % kTableDepth == 0;
+  const int64_t around = 2 * g.stride_height * g.stride_width * g.in_channels / kTableDepth;
+  return shared ? std::min(plan.table_steps(), around) : plan.table_steps();
+}
+
+// Sets plan.tables and plan.table_planes where sums looked up are faster than products.
+void choose_tables([[maybe_unused]] const LowbitArgs& args, [[maybe_unused]] int64_t pixels, [[maybe_unused]] Plan& plan) {
+#if defined(__AVX512F__)
+  // Quarters of cycles: a step of codes and a lookup for a vector of channels, and a table.
+  constexpr int64_t kFewestPixels = 8, kProduct = 4, kLookup = 6, kTable = 20;
+  const int tables = args.x_levels > kTableCode ? 2 : 1;
+  const int64_t lookups = args.w_bits * tables;
+  if (plan.by_planes() || plan.path == Path::kDepthwise || plan.wide || plan.depth == 0) return;
+  if (lookups > kTablePlanes || pixels < kFewestPixels) return;
+  const int64_t by_codes = plan.steps() * plan.group_vectors * kProduct;
+  const int64_t by_tables =
+      plan.table_steps() * plan.group_vectors * lookups * kLookup + steps_a_pixel(args.geometry, plan) * tables * kTable;
+  if (by_tables >= by_codes) return;
+  plan.tables = tables;
+  plan.table_planes = args.w_bits;
+#endif
+}
+
+// So many pixels that their rows, or the tables of these, and a panel of weights share the L2 cache.
+int64_t most_pixels(const ConvGeometry& g, const Plan& plan) {
+  constexpr int64_t kRowBytes = 1 << 18, kTablesBytes = 1 << 20;
+  const int64_t row = plan.steps() * kDepth * static_cast<int64_t>(sizeof(Activation));
+  const int64_t fit = plan.by_tables() ? kTablesBytes / (steps_a_pixel(g, plan) * plan.tables * kTableBytes)
+                                       : kRowBytes / std::max<int64_t>(1, row);
+  return std::clamp<int64_t>(fit, plan.tile_rows(), 16 * kTileRows);
+}
 }  // namespace
 
 Plan plan_of(const LowbitArgs& args) {
@@ -402,13 +471,13 @@ Plan plan_of(const LowbitArgs& args) {
   plan.group_channels = g.out_channels / plan.groups;
   plan.group_vectors = divide_up(plan.group_channels, kLanes);
 
-  // A block's rows and one panel of weights share the L2 cache.
-  constexpr int64_t kRowBytes = 1 << 18;
-  const int64_t row = std::max<int64_t>(1, plan.steps() * kDepth * static_cast<int64_t>(sizeof(Activation)));
   const int64_t pixels = g.batch * g.out_height * g.out_width;
-  const int64_t most = std::clamp<int64_t>(kRowBytes / row, kTileRows, 16 * kTileRows);
-  const int64_t fewest_blocks = std::max<int64_t>(1, divide_up(pixels, most));
-  plan.block = round_up(std::max<int64_t>(1, divide_up(pixels, fewest_blocks)), kTileRows);
+  choose_tables(args, pixels, plan);
+  int64_t fewest_blocks = std::max<int64_t>(1, divide_up(pixels, most_pixels(g, plan)));
+  // So many that a few threads have as much to do each.
+  constexpr int64_t kMany = 8, kThreads = 4;
+  if (plan.by_tables() && fewest_blocks > kMany) fewest_blocks = round_up(fewest_blocks, kThreads);
+  plan.block = round_up(std::max<int64_t>(1, divide_up(pixels, fewest_blocks)), plan.tile_rows());
   // Enough tasks for the threads of a large machine; a task of more panels reuses its rows more.
   constexpr int64_t kTasks = 64;
   const int64_t blocks = plan.groups * divide_up(std::max<int64_t>(1, pixels), plan.block);
@@ -462,6 +531,7 @@ Weights unpack_prepacked(const LowbitArgs& args, const Plan& plan) {
   Weights weights;
   weights.zero = zero_of(args);
   weights.sums_there = prepacked.tap_sums();
+  if (plan.by_tables()) return weights;  // as they are found by the tasks that look them up
   if (prepacked.width() == 8) {
     weights.panels_there = prepacked.expanded(0, 0, 0, nullptr);
     return weights;
@@ -499,7 +569,7 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
   } else if (plan.by_planes()) {
     weights.planes = Buffer<uint32_t>(slots * plan.w_digits * plan.words());
   } else {
-    weights.panels = Buffer<Weight>(slots * plan.steps() * kDepth);
+    weights.panels = Buffer<Weight>(slots * (plan.slot_bytes() / static_cast<int64_t>(sizeof(Weight))));
   }
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, plan.depth * kLanes));
 #if defined(__AVX512F__)
@@ -508,7 +578,11 @@ Weights unpack_weights(const LowbitArgs& args, const Plan& plan) {
       const TurnedPlanes turned(args);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t group = i / plan.panels(), index = i % plan.panels();
-        expand_panel(args, plan, group, index, turned, const_cast<Weight*>(weights.panel(plan, group, index)), weights);
+        Weight* const panel = const_cast<Weight*>(weights.panel(plan, group, index));
+        if (plan.by_tables())
+          expand_places(args, plan, group, index, turned, reinterpret_cast<uint8_t*>(panel), weights);
+        else
+          expand_panel(args, plan, group, index, turned, panel, weights);
       }
     });
     return weights;

@@ -10,6 +10,7 @@
 #include "cpu/buffer.h"
 #include "cpu/dot.h"
 #include "cpu/encoder.h"
+#include "cpu/tables.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 
@@ -29,6 +30,8 @@ struct Plan {
   bool wide;      // K is too large for int32 sums
   // Digits of either operand where a basis is learned, and planes are multiplied; else 0.
   int x_digits, w_digits;
+  // By tables of sums (cpu/tables.h): how many a step of the activation has, and the planes of a weight; else 0.
+  int tables, table_planes;
   int64_t block;  // output pixels whose rows are prepared together
   int64_t chunk;  // panels of output channels a task multiplies them with
   // Output channels by group, each group padded to whole vectors: "slots".
@@ -38,6 +41,13 @@ struct Plan {
   int64_t words() const { return words_of(depth); }
   int64_t slots() const { return groups * group_vectors * kLanes; }
   int64_t steps() const { return (depth + kDepth - 1) / kDepth; }
+  bool by_tables() const { return tables > 0; }
+  int64_t table_steps() const { return (depth + kTableDepth - 1) / kTableDepth; }
+  int tile_rows() const { return by_tables() ? kTableRows : kTileRows; }
+  // Of a panel, for each slot.
+  int64_t slot_bytes() const {
+    return by_tables() ? table_steps() * table_planes * 4 : steps() * kDepth * static_cast<int64_t>(sizeof(Weight));
+  }
   int64_t panels() const { return (group_vectors + kTileVectors - 1) / kTileVectors; }
   int panel_vectors(int64_t index) const {
     return static_cast<int>(std::min<int64_t>(kTileVectors, group_vectors - index * kTileVectors));
@@ -74,7 +84,7 @@ struct Window {
 };
 
 struct Weights {
-  Buffer<Weight> panels;     // [groups][panels][steps][channels of the panel][kDepth]; not for kDepthwise
+  Buffer<Weight> panels;     // [groups][panels][steps][channels of the panel][kDepth], or by tables; not for kDepthwise
   Buffer<uint32_t> planes;   // [groups][panels][digits][words][channels of the panel]; in their place by planes
   Buffer<int32_t> taps;      // [digits or 1][taps][slots]: codes, or their digits; kDepthwise only
   Buffer<int64_t> tap_sums;  // [digits or 1][taps][slots]: sum of those over the group's input channels
@@ -88,7 +98,7 @@ struct Weights {
 
   const Weight* panel(const Plan& plan, int64_t group, int64_t index) const {
     return (panels_there ? panels_there : panels.data()) +
-           (group * plan.group_vectors + index * kTileVectors) * kLanes * plan.steps() * kDepth;
+           (group * plan.group_vectors + index * kTileVectors) * kLanes * (plan.slot_bytes() / sizeof(Weight));
   }
   // Of a digit; vectors: of this panel.
   uint32_t* plane(const Plan& plan, int64_t group, int64_t index, int64_t vectors, int digit) const {
