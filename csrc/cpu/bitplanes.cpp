@@ -9,7 +9,7 @@
 
 #include "cpu/bitplanes.h"
 #include "cpu/encoder.h"
-#include "cpu/half_lines.h"
+#include "cpu/half_cells.h"
 #include "cpu/split.h"
 
 namespace qk::cpu::QK_CPU_ISA {
@@ -58,25 +58,18 @@ void pack_codes(const uint8_t* codes, int64_t n, Kind kind, int bits, int32_t* p
   }
 }
 
-// As many of the first n values as are whole blocks, from floats to planes; returns how many. Adds the ones to counts[bits],
-// bits <= kDigits.
-template <Kind kKind, int kDigits, class T>
-int64_t quantize_pack_blocks([[maybe_unused]] const T* x, [[maybe_unused]] int64_t n, [[maybe_unused]] GridVec grid,
-                             [[maybe_unused]] Vec levels, [[maybe_unused]] int bits, [[maybe_unused]] int32_t* planes,
-                             [[maybe_unused]] int64_t plane_stride, [[maybe_unused]] int32_t* counts) {
 #if defined(__AVX512F__)
+// As many of the first n values as are whole blocks, from floats to planes; returns how many. row(i): bits of values i to
+// i + 63, as split_values() makes them. Adds the ones to counts[bits], bits <= kDigits.
+template <Kind kKind, int kDigits, class Row>
+QK_INLINED inline int64_t quantize_pack_rows(const Row& row, int64_t n, int bits, int32_t* planes, int64_t plane_stride,
+                                             int32_t* counts) {
   __m512i ones[kDigits] = {};
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
     __m512i rows[kMaxBits], digits[kDigits];
 #pragma GCC unroll 8
-    for (int row = 0; row < kMaxBits; ++row) {
-      Vec values[4];
-      load_block(x + i + row * kBytes, values);
-#pragma GCC unroll 4
-      for (Vec& value : values) value = unclamped_code<kKind>(value, grid, levels);
-      rows[row] = split_values<T>(values);
-    }
+    for (int r = 0; r < kMaxBits; ++r) rows[r] = row(i + r * kBytes);
 #pragma GCC unroll 2
     for (int first = 0; first < kDigits; first += 4) gather_four_digits(rows, first, digits + first);
     if constexpr (kKind == Kind::kTernary) digits[0] = _mm512_or_si512(digits[0], digits[1]);  // thermometers
@@ -93,58 +86,42 @@ int64_t quantize_pack_blocks([[maybe_unused]] const T* x, [[maybe_unused]] int64
     if (digit < bits)
       counts[digit_of_plane(kKind, bits, digit)] += static_cast<int32_t>(_mm512_reduce_add_epi64(ones[digit]));
   return i;
+}
+
+template <int kInACell>
+int64_t quantize_pack_by_cells(const HalfCells& of_grid, const Half* x, int64_t n, int bits, int32_t* planes,
+                               int64_t plane_stride, int32_t* counts) {
+  const HalfCells cells = of_grid;  // a copy that stores cannot alias
+  const auto row = [&](int64_t i) QK_INLINED { return transposed_bits(cells.codes<kInACell>(x + i)); };
+  return quantize_pack_rows<Kind::kUniform, HalfCells::kMostBits>(row, n, bits, planes, plane_stride, counts);
+}
+
+int64_t quantize_pack_by_cells(const HalfCells& cells, const Half* x, int64_t n, int bits, int32_t* planes,
+                               int64_t plane_stride, int32_t* counts) {
+  const int most = cells.most_in_a_cell();
+  const auto run = most == 1 ? quantize_pack_by_cells<1> : most == 2 ? quantize_pack_by_cells<2> : quantize_pack_by_cells<3>;
+  return run(cells, x, n, bits, planes, plane_stride, counts);
+}
+#endif
+
+// As many of the first n values as are whole blocks, where the instruction set has them.
+template <Kind kKind, int kDigits, class T>
+int64_t quantize_pack_blocks([[maybe_unused]] const T* x, [[maybe_unused]] int64_t n, [[maybe_unused]] GridVec grid,
+                             [[maybe_unused]] Vec levels, [[maybe_unused]] int bits, [[maybe_unused]] int32_t* planes,
+                             [[maybe_unused]] int64_t plane_stride, [[maybe_unused]] int32_t* counts) {
+#if defined(__AVX512F__)
+  const auto row = [&](int64_t i) QK_INLINED {
+    Vec values[4];
+    load_block(x + i, values);
+#pragma GCC unroll 4
+    for (Vec& value : values) value = unclamped_code<kKind>(value, grid, levels);
+    return split_values<T>(values);
+  };
+  return quantize_pack_rows<kKind, kDigits>(row, n, bits, planes, plane_stride, counts);
 #else
   return 0;
 #endif
 }
-
-#if defined(__AVX512F__)
-// A function of its own: the loop that seldom calls it needs all registers.
-[[gnu::noinline]] void quantize_pack_special_block(const Half* x, const GridVec& grid, const Vec& levels, int bits,
-                                                   int32_t* planes, int64_t plane_stride, int32_t* counts) {
-  quantize_pack_blocks<Kind::kUniform, 4>(x, kBlock, grid, levels, bits, planes, plane_stride, counts);
-}
-
-// The same by lines; blocks with a number that is not finite as above.
-int64_t quantize_pack_by_lines(const HalfLines& lines, const Half* x, int64_t n, GridVec grid, Vec levels, int bits,
-                               int32_t* planes, int64_t plane_stride, int32_t* counts) {
-  __m512i ones[HalfLines::kMostBits] = {};
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    __m512i rows[kMaxBits], digits[HalfLines::kMostBits], specials = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int row = 0; row < kMaxBits; ++row) {
-      const Half* const at = x + i + row * kBytes;
-      const __m512i low = lines.positions(load_bits(at), specials);
-      rows[row] = split_positions(low, lines.positions(load_bits(at + kBytes / 2), specials));
-    }
-    if (HalfLines::any_special(specials)) {
-      quantize_pack_special_block(x + i, grid, levels, bits, planes + i / kWordBits, plane_stride, counts);
-      continue;
-    }
-    gather_four_digits(rows, 8 - bits, digits);
-#pragma GCC unroll 4
-    for (int digit = 0; digit < HalfLines::kMostBits; ++digit) {
-      if (digit >= bits) continue;
-      if (digit == bits - 1) digits[digit] = ~digits[digit];  // positions are less 2^15
-      ones[digit] = _mm512_add_epi64(ones[digit], _mm512_popcnt_epi64(digits[digit]));
-      _mm512_storeu_si512(planes + (bits - 1 - digit) * plane_stride + i / kWordBits, digits[digit]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int digit = 0; digit < HalfLines::kMostBits; ++digit)
-    if (digit < bits) counts[bits - 1 - digit] += static_cast<int32_t>(_mm512_reduce_add_epi64(ones[digit]));
-  return i;
-}
-
-// Where one grid serves so many numbers that they are worth the search for lines.
-std::optional<HalfLines> lines_for(const QuantizePackArgs& args) {
-  constexpr int64_t kFewest = 1 << 17;
-  const bool one_grid = !args.per_row || args.rows == 1, all_codes = args.levels == (1 << args.bits) - 1;
-  if (!one_grid || !all_codes || args.bits > HalfLines::kMostBits || args.rows * args.columns < kFewest) return std::nullopt;
-  return HalfLines::fit(args.grid, args.bits);
-}
-#endif
 
 void unpack_codes(const int32_t* planes, int64_t plane_stride, int64_t n, Kind kind, int bits, uint8_t* codes) {
   for (int64_t i = 0; i < n; i += kBytes) {
@@ -181,19 +158,53 @@ void for_each_chunk(int64_t n, const F& body) {
   for (int64_t begin = 0; begin < n; begin += kChunk) body(begin, std::min(kChunk, n - begin));
 }
 
-// blocks: quantize_pack_blocks() or what does the same.
-template <Kind kKind, class T, class Blocks>
-void quantize_pack_part(const QuantizePackArgs& args, const GridVec& grid, const Blocks& blocks, int64_t row, int64_t begin,
-                        int64_t n) {
+// What quantize_pack makes of a grid, once for all rows that share it.
+struct RowGrid {
+  GridVec grid;
+#if defined(__AVX512F__)
+  std::optional<HalfCells> cells;
+#endif
+};
+
+template <Kind kKind, class T>
+RowGrid row_grid([[maybe_unused]] const QuantizePackArgs& args, const ChannelTable& table, int64_t channel) {
+  RowGrid made;
+  made.grid = grid_params([&](int field) { return table.of_channel(field, channel); });
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, Half> && kKind == Kind::kUniform) {
+    constexpr int64_t kFewest = 1024;  // numbers that are worth a search for cells
+    const bool all_codes = args.levels == (1 << args.bits) - 1;
+    const int64_t numbers = (args.per_row ? 1 : args.rows) * args.columns;
+    if (all_codes && args.bits <= HalfCells::kMostBits && numbers >= kFewest)
+      made.cells = HalfCells::fit(made.grid, args.bits);
+  }
+#endif
+  return made;
+}
+
+// The part of a row that goes by whole blocks; returns how many of its n elements.
+template <Kind kKind, class T>
+int64_t quantize_pack_whole(const RowGrid& of_row, const T* x, int64_t n, Vec levels, int bits, int32_t* planes,
+                            int64_t plane_stride, int32_t* counts) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, Half>)
+    if (of_row.cells) return quantize_pack_by_cells(*of_row.cells, x, n, bits, planes, plane_stride, counts);
+#endif
+  const auto run = bits > 4 ? quantize_pack_blocks<kKind, 8, T> : quantize_pack_blocks<kKind, 4, T>;
+  return run(x, n, of_row.grid, levels, bits, planes, plane_stride, counts);
+}
+
+template <Kind kKind, class T>
+void quantize_pack_part(const QuantizePackArgs& args, const RowGrid& of_row, int64_t row, int64_t begin, int64_t n) {
   const T* const x = static_cast<const T*>(args.x) + row * args.columns + begin;
   const Vec levels = splat(static_cast<float>(args.levels));
   int32_t* const planes = args.planes + row * args.words + begin / kWordBits;
   const int64_t plane_stride = args.rows * args.words;
   int32_t counts[kMaxBits] = {};
-  const int64_t done = blocks(x, n, grid, levels, args.bits, planes, plane_stride, counts);
+  const int64_t done = quantize_pack_whole<kKind>(of_row, x, n, levels, args.bits, planes, plane_stride, counts);
   for_each_chunk(n - done, [&](int64_t chunk, int64_t length) {
     uint8_t codes[kChunk];
-    run_piece(Encode<kKind, T>{x + done + chunk, codes, levels}, grid, 0, length, nullptr);
+    run_piece(Encode<kKind, T>{x + done + chunk, codes, levels}, of_row.grid, 0, length, nullptr);
     pack_codes(codes, length, kKind, args.bits, planes + (done + chunk) / kWordBits, plane_stride, counts);
   });
   for (int plane = 0; plane < args.bits; ++plane) {
@@ -243,19 +254,12 @@ void quantize_pack(const QuantizePackArgs& args) {
   const ChannelTable table = grid_table(grids, Walk{}, args.grid);  // an entry a row, however short rows are
   with_type(args.dtype, [&]<class T>(T*) {
     with_kind(args.kind, [&]<Kind kKind>() {
-      const auto pack = [&](const auto& blocks) {
-        for_each_part(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
-          const int64_t channel = args.per_row ? row : 0;
-          const GridVec grid = grid_params([&](int field) { return table.of_channel(field, channel); });
-          quantize_pack_part<kKind, T>(args, grid, blocks, row, begin, n);
-        });
-      };
-#if defined(__AVX512F__)
-      if constexpr (std::is_same_v<T, Half> && kKind == Kind::kUniform)
-        if (const std::optional<HalfLines> lines = lines_for(args))
-          return pack([&](auto... block) { return quantize_pack_by_lines(*lines, block...); });
-#endif
-      pack(args.bits > 4 ? quantize_pack_blocks<kKind, 8, T> : quantize_pack_blocks<kKind, 4, T>);
+      const auto grid_of = [&](int64_t row) { return row_grid<kKind, T>(args, table, row); };
+      const RowGrid shared = args.per_row ? RowGrid{} : grid_of(0);
+      for_each_part(args.rows, args.columns, [&](int64_t row, int64_t begin, int64_t n) {
+        if (args.per_row) return quantize_pack_part<kKind, T>(args, grid_of(row), row, begin, n);
+        quantize_pack_part<kKind, T>(args, shared, row, begin, n);
+      });
     });
   });
 }

@@ -42,18 +42,22 @@ QK_INLINED inline TwoVecs load_to_pack(const BFloat16* p) {
 template <class T>
 struct Neighbours {
   T numbers[kLanes];  // the nearest
+  __m256i places;     // ordered() of these
   Vec below, nearest, above;
 
   explicit Neighbours(Vec v) {
-    // As integers, numbers with a sign come in the opposite order.
-    const auto ordered = [](__m256i bits) {
-      return _mm256_xor_si256(bits, _mm256_and_si256(_mm256_srai_epi16(bits, 15), _mm256_set1_epi16(0x7fff)));
-    };
-    const __m256i bits = narrow(v, numbers), place = ordered(bits), one = _mm256_set1_epi16(1);
+    const __m256i bits = narrow(v, numbers), one = _mm256_set1_epi16(1);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(numbers), bits);
+    places = ordered(bits);
     nearest = widen(bits, numbers);
-    below = widen(ordered(_mm256_sub_epi16(place, one)), numbers);
-    above = widen(ordered(_mm256_add_epi16(place, one)), numbers);
+    below = widen(ordered(_mm256_sub_epi16(places, one)), numbers);
+    above = widen(ordered(_mm256_add_epi16(places, one)), numbers);
+  }
+
+  // Integers in the order of the numbers that have these bits, and the other way round: as they are, those of numbers with a
+  // sign come in the opposite order.
+  static __m256i ordered(__m256i bits) {
+    return _mm256_xor_si256(bits, _mm256_and_si256(_mm256_srai_epi16(bits, 15), _mm256_set1_epi16(0x7fff)));
   }
 };
 

@@ -43,13 +43,6 @@ QK_INLINED inline __m512i split_values(const Vec (&values)[4]) {
   return transposed_bits(_mm512_permutexvar_epi8(order, _mm512_packus_epi16(low, high)));
 }
 
-// The same of 64 positions of HalfLines: bit b is bit 8 + b of each.
-QK_INLINED inline __m512i split_positions(__m512i low, __m512i high) {
-  const __m512i order = _mm512_set_epi64(0x71737577797b7d7f, 0x61636567696b6d6f, 0x51535557595b5d5f, 0x41434547494b4d4f,
-                                         0x31333537393b3d3f, 0x21232527292b2d2f, 0x11131517191b1d1f, 0x01030507090b0d0f);
-  return transposed_bits(_mm512_permutex2var_epi8(low, order, high));
-}
-
 // digits[first], ..., digits[first + 3]: these bits of 512 codes, of which split_values() made eight rows.
 QK_INLINED inline void gather_four_digits(const __m512i (&rows)[8], int first, __m512i* digits) {
   // Of two rows, byte `first` of each word, the next byte of each word, and so on: 16 bytes a digit.

@@ -119,7 +119,7 @@ RANGES += [
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("low, high", RANGES)
 def test_codes_of_many_halves_on_one_grid(low, high, bits):
-    """The CPU packs them without conversions; rows that end within a block, numbers that are not finite in some."""
+    """The CPU packs them by tables; rows that end within a block, numbers that are not finite in some."""
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     finite = numbers[numbers.isfinite()]
     x = torch.cat([numbers, finite, finite[:4089]]).reshape(3, -1)
@@ -130,6 +130,22 @@ def test_codes_of_many_halves_on_one_grid(low, high, bits):
             ops.quantize_pack(part, *arguments), reference.quantize_pack(part, *arguments), strict=True
         ):
             assert_bit_equal(got, expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
+def test_codes_of_all_halves_with_a_grid_a_row(bits):
+    """A table for each row, of none to three boundaries between two numbers that it tells apart, or none at all."""
+    generator = torch.Generator().manual_seed(bits)
+    sizes = 10 ** torch.empty(32).uniform_(-5, 5, generator=generator)
+    lows = torch.cat([sizes[:16] * torch.empty(16).uniform_(-2, 0, generator=generator), sizes[16:] * 0.7])
+    ranges = torch.cat([torch.tensor(RANGES), torch.stack([lows, sizes], dim=1)])
+    levels = 2**bits - 1
+    grid = torch.stack([ranges[:, 0], (ranges[:, 1] - ranges[:, 0]) / levels, torch.zeros(len(ranges))], dim=1)
+    numbers = torch.arange(-(2**15), 2**15 - 3).to(torch.int16).view(torch.float16)
+    x = torch.stack([numbers[torch.randperm(len(numbers), generator=generator)] for _ in ranges])
+    arguments = (grid, Kind.UNIFORM, levels, 0)
+    for got, expected in zip(ops.quantize_pack(x, *arguments), reference.quantize_pack(x, *arguments), strict=True):
+        assert_bit_equal(got, expected)
 
 
 @given(size=SIZES, quantizer=st.sampled_from(QUANTIZERS), seed=st.integers(0, 2**16))
