@@ -179,18 +179,27 @@ template <int kCount, class T>
 struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
   using Base = ForwardOf<Mix::kCovered, kCount, T>;
   static constexpr int64_t kShortest = 2048;  // elements of a run that are worth a table
+  // For each code of the finest member those of all members.
+  struct Codes {
+    alignas(64) float of[Base::kSize][256];
+  };
   struct Params : Base::Params {
     CodeTable table;
     Exceptions<T> exceptions;
     bool usable;
   };
 
-  LookupForward(const AttentionArgs& args, const Walk& walk) : Base(args, walk) {
+  // codes: filled here, and as long as this one.
+  LookupForward(const AttentionArgs& args, const Walk& walk, Codes& codes) : Base(args, walk), codes_(codes) {
     for (int k = 0; k < this->size(); ++k) {
       levels_[k] = static_cast<float>(args.levels[k]);
       if (levels_[k] > levels_[finest_]) finest_ = k;
     }
-    for (int k = 0; k < this->size(); ++k) ratio_[k] = splat(levels_[k] / levels_[finest_]);
+    for (int k = 0; k < this->size(); ++k) {
+      ratio_[k] = splat(levels_[k] / levels_[finest_]);
+      for (int code = 0; code <= kMostLevels; code += kLanes)
+        store(codes.of[k] + code, following(k, count_from(static_cast<float>(code))));
+    }
     // A member changes its code where the leader changes its own: at every such place, or at every third, fifth and so on.
     for (int k = 0; k < this->size(); ++k) {
       leader_[k] = k;
@@ -277,7 +286,7 @@ struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
         if (leader_[k] != leader || k == finest_) continue;
         // This member's code above that place, where it changes there.
         const Vec own = place * splat(levels_[k] / levels_[leader]) + half, codes = round_to_even(own);
-        const Mask changes = less(abs(own - codes), splat(0.5f / kMostLevels));
+        const Mask changes = less(abs(own - codes), splat(0.5f / static_cast<float>(kMostLevels)));
         all = all && rise_together<T>(
                          changes, codes, near, [&](Vec x) { return code(k, x); },
                          [&](Vec x) { return following(k, code(finest_, x)); }, p.exceptions);
@@ -288,13 +297,12 @@ struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
 
   void fill(Params& p) const {
     const auto mixtures = [&](int first) QK_INLINED {
-      const auto mixture = [&](Vec finest) QK_INLINED {
+      const auto mixture = [&](int code) QK_INLINED {
         Vec q = p.base;
-        for (int k = 0; k < this->size(); ++k) q = q + p.weight[k] * (k == finest_ ? finest : following(k, finest));
+        for (int k = 0; k < this->size(); ++k) q = q + p.weight[k] * load(codes_.of[k] + code);
         return q;
       };
-      const float code = static_cast<float>(first);
-      return this->out.narrow_pair(mixture(count_from(code)), mixture(count_from(code + kLanes)));
+      return this->out.narrow_pair(mixture(first), mixture(first + kLanes));
     };
     for (int first = 0; first <= levels_[finest_]; first += kLookup)
       p.table.set(first, mixtures(first), mixtures(first + 2 * kLanes));
@@ -303,8 +311,9 @@ struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
     store(own.results, this->mixture(load(own.numbers), p));
   }
 
-  static constexpr float kMostLevels = 255;
+  static constexpr int kMostLevels = 255;
 
+  const Codes& codes_;
   int finest_ = 0, leader_[Base::kSize];
   float levels_[Base::kSize];
   Vec ratio_[Base::kSize];
@@ -598,14 +607,17 @@ void attention_quantize_forward(const AttentionArgs& args) {
   const ChannelTable table = members_table(args, walk, grids, {static_cast<int>(args.count), mix, true});
   with_type(args.dtype, [&]<class T>(T*) {
     with_members(args, mix, [&]<Mix kMix, int kCount>() {
-      const auto run = [&]<class Op>(Op*) { traverse(args.layout, walk, table, Op(args, walk)); };
+      const auto run = [&](const auto& op) { traverse(args.layout, walk, table, op); };
 #if defined(__AVX512F__)
       if constexpr (kMix == Mix::kCovered && !std::is_same_v<T, float>) {
         using Op = LookupForward<kCount, T>;
-        if (Op::suits(args, walk)) return run(static_cast<Op*>(nullptr));
+        if (Op::suits(args, walk)) {
+          typename Op::Codes codes;
+          return run(Op(args, walk, codes));
+        }
       }
 #endif
-      run(static_cast<ForwardOf<kMix, kCount, T>*>(nullptr));
+      run(ForwardOf<kMix, kCount, T>(args, walk));
     });
   });
 }

@@ -24,8 +24,10 @@ class HalfCells {
   static std::optional<HalfCells> fit(const GridVec& grid, int bits) {
     const int levels = (1 << bits) - 1;
     const std::optional<Boundaries> boundaries = Boundaries::find(grid, levels);
-    if (!boundaries || boundaries->most_in_a_cell() > kMostInACell) return std::nullopt;
-    return HalfCells(*boundaries, grid, levels);
+    if (!boundaries) return std::nullopt;
+    HalfCells cells(*boundaries, grid, levels);
+    if (cells.most_in_a_cell() > kMostInACell) return std::nullopt;
+    return cells;
   }
 
   // How many boundaries at most lie in one cell.
@@ -96,13 +98,12 @@ class HalfCells {
       alignas(64) static constexpr std::array<float, kLanes> kLeast = least_positions();
       const Vec least = load(kLeast.data());
       const Neighbours<Half> near(first_number(least, grid));
-      const auto has_code = [&](Vec x) { return bits_of(less_equal(least, position_of(x, grid))); };
-      const uint32_t nearest = has_code(near.nearest), lanes = bits_of(first_lanes(levels));
-      const uint32_t found = (nearest | has_code(near.above)) & ~has_code(near.below);
-      if ((found & lanes) != lanes) return std::nullopt;
-      const __m256i places =
-          _mm256_mask_add_epi16(near.places, static_cast<Mask>(~nearest), near.places, _mm256_set1_epi16(1));
-      return Boundaries(places, static_cast<Mask>(lanes));
+      const auto has_code = [&](Vec x) { return less_equal(least, position_of(x, grid)); };
+      const Mask nearest = has_code(near.nearest), lanes = first_lanes(levels);
+      const uint32_t found = bits_of(either(nearest, has_code(near.above))) & ~bits_of(has_code(near.below));
+      if ((found & bits_of(lanes)) != bits_of(lanes)) return std::nullopt;
+      const __m256i above = _mm256_add_epi16(near.places, _mm256_set1_epi16(1));
+      return Boundaries(_mm256_mask_mov_epi16(above, nearest, near.places), lanes);
     }
 
     __m128i cells() const { return cells_; }
