@@ -306,9 +306,7 @@ struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
     };
     for (int first = 0; first <= levels_[finest_]; first += kLookup)
       p.table.set(first, mixtures(first), mixtures(first + 2 * kLanes));
-    Exceptions<T>& own = p.exceptions;
-    std::fill(own.numbers + own.count, own.numbers + kLanes, own.count ? own.numbers[0] : T{});
-    store(own.results, this->mixture(load(own.numbers), p));
+    if (p.exceptions.count > 0) store(p.exceptions.results, this->mixture(load(p.exceptions.numbers), p));
   }
 
   static constexpr int kMostLevels = 255;

@@ -65,11 +65,12 @@ struct Neighbours {
 template <class T>
 struct Exceptions {
   static constexpr int kMost = 4;
-  T numbers[kLanes], results[kLanes];  // the first `count` are in use
+  T numbers[kLanes], results[kLanes];  // from `count` on the first again
   int count = 0;
 
   // Returns whether there was room.
   bool add(T number) {
+    if (count == 0) std::fill_n(numbers, kLanes, number);
     for (int e = 0; e < count; ++e)
       if (numbers[e].bits == number.bits) return true;
     if (count == kMost) return false;
