@@ -19,7 +19,7 @@ Run = Callable[[int], tuple[float, float, float]]
 """Thread number -> (begin, end, operations) on one monotonic clock."""
 
 LINE = 64
-UNITS = {"fp32": "GFLOPS", "int8": "GOPS", "popcount": "GOPS"}
+UNITS = {"fp32": "GFLOPS", "int8": "GOPS", "popcount": "GOPS", "lookup": "GOPS"}
 MEMORY_BYTES = 1 << 29  # source and destination together: far beyond the last-level cache of a shared server
 SHORTEST = 0.02  # seconds: a run much longer than starting a thread takes
 
@@ -28,9 +28,10 @@ def measure(threads: int = 2, quick: bool = False) -> dict[str, float]:
     """The limits of ``threads`` cores together, by name.
 
     Keys: ``fp32_gflops``, ``int8_gops`` (two operations a multiply-add), ``popcount_gops`` (AND and count: two a bit),
-    ``read_l2_gbs``, ``copy_l2_gbs``, ``read_memory_gbs``, ``copy_memory_gbs`` (gigabytes a second, of bytes read and
-    written together; copying to memory is the better of writing through the caches and around them). Medians of repeats
-    after a warm-up. ``quick``: good for trying the code and not for judging by.
+    ``lookup_gops`` (sums of four codes found in tables: two a code), ``read_l2_gbs``, ``copy_l2_gbs``,
+    ``read_memory_gbs``, ``copy_memory_gbs`` (gigabytes a second, of bytes read and written together; copying to memory
+    is the better of writing through the caches and around them). Medians of repeats after a warm-up. ``quick``: good
+    for trying the code and not for judging by.
     """
     repeats = 2 if quick else 7
     found = {f"{unit}_{label.lower()}": peak(unit, threads, repeats) for unit, label in UNITS.items()}
@@ -42,7 +43,7 @@ def measure(threads: int = 2, quick: bool = False) -> dict[str, float]:
 
 
 def peak(unit: str, threads: int, repeats: int = 7) -> float:
-    """10^9 operations a second of ``unit`` ("fp32", "int8" or "popcount") on ``threads`` cores."""
+    """10^9 operations a second of ``unit`` ("fp32", "int8", "popcount" or "lookup") on ``threads`` cores."""
     rounds = calibrate(lambda count: _host.peak(unit, count))
     return rate(lambda _: _host.peak(unit, rounds), threads, repeats)
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -144,8 +144,8 @@ class Workload:
     goals: Sequence[Goal] = ()
     bytes: int = 0  # that must move
     operations: int = 0  # two a multiply-add
-    unit: str = ""  # the limit that counts: "copy", "int8" or "popcount"
-    plane_pairs: int = 1  # what a popcount kernel does for one multiply-add
+    unit: str = ""  # the limit that counts: "copy", "int8", "popcount" or "lookup"
+    times: int = 1  # that it does its work for one multiply-add
     tags: Mapping[str, Any] = field(default_factory=dict)
 
     def limit_seconds(self, seconds: Mapping[str, float], limits: Mapping[str, float]) -> float | None:
@@ -157,8 +157,8 @@ class Workload:
         if self.unit == "copy" and COPY in seconds:
             copied = 2 * prod(self.shape) * contestants.DTYPES[self.dtype].itemsize
             return seconds[COPY] * self.bytes / copied
-        if self.unit in ("int8", "popcount"):
-            return self.operations * self.plane_pairs / (limits[f"{self.unit}_gops"] * 1e9)
+        if self.unit in ("int8", "popcount", "lookup"):
+            return self.operations * self.times / (limits[f"{self.unit}_gops"] * 1e9)
         return None
 
 
@@ -263,7 +263,7 @@ def linear_workloads(features: int, rows: Sequence[int]) -> Iterator[Workload]:
             goals: list[Goal] = [Faster(INT8, LINEAR_GOALS[key])] if key in LINEAR_GOALS else []
             goals += {(256, 8, 8): [OfPeak(0.88)], (256, 1, 1): [PerCore(1.5)]}.get(key, [])
             # Few rows are limited by reading the weight, from a cache or from memory: no measured limit fits.
-            unit, pairs = unit_of(w_bits, a_bits) if m >= 64 else ("", 1)
+            unit, times = unit_of(w_bits, a_bits) if m >= 64 else ("", 1)
             yield Workload(
                 f"linear-w{w_bits}a{a_bits}-m{m}",
                 "matmul",
@@ -273,14 +273,19 @@ def linear_workloads(features: int, rows: Sequence[int]) -> Iterator[Workload]:
                 goals,
                 operations=2 * m * features * features,
                 unit=unit,
-                plane_pairs=pairs,
+                times=times,
                 tags={"job": "lowbit_linear", "m": m, "w_bits": w_bits, "a_bits": a_bits},
             )
 
 
 def unit_of(w_bits: int, a_bits: int) -> tuple[str, int]:
-    """Popcounts of pairs of planes where that is fewer instructions, byte products elsewhere."""
-    return ("popcount", w_bits * a_bits) if w_bits * a_bits <= 4 else ("int8", 1)
+    """What has the highest peak, and how often it is done: popcounts of one pair of planes; sums found for a plane of
+    the weight and four bits of the activation, twice at most; byte products.
+    """
+    if w_bits * a_bits == 1:
+        return "popcount", 1
+    lookups = w_bits * ceil(a_bits / 4)
+    return ("lookup", lookups) if lookups <= 2 else ("int8", 1)
 
 
 def conv_workloads(layers: Mapping[str, tuple[int, int, int, int, int]], batches: Sequence[int]) -> Iterator[Workload]:
@@ -290,7 +295,7 @@ def conv_workloads(layers: Mapping[str, tuple[int, int, int, int, int]], batches
             x_shape = (batch, inputs, image, image)
             out_pixels = ((image - 1) // stride + 1) ** 2
             for w_bits, a_bits in CONV_BITS:
-                unit, pairs = unit_of(w_bits, a_bits)
+                unit, times = unit_of(w_bits, a_bits)
                 yield Workload(
                     f"conv-{layer}-w{w_bits}a{a_bits}-b{batch}",
                     "conv",
@@ -300,7 +305,7 @@ def conv_workloads(layers: Mapping[str, tuple[int, int, int, int, int]], batches
                     [Faster(INT8, 1.2), Faster(FP32, 2.5)],
                     operations=2 * batch * outputs * out_pixels * inputs * kernel**2,
                     unit=unit,
-                    plane_pairs=pairs,
+                    times=times,
                     tags={"job": "lowbit_conv2d", "layer": layer, "batch": batch, "w_bits": w_bits, "a_bits": a_bits},
                 )
 

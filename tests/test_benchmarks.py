@@ -17,7 +17,7 @@ import pytest
 from benchmarks import limits, render, store
 from benchmarks.compare import MOST_IN_A_ROW, MOST_SETTLING, OURS, SLOW, Times, block, compare, settling
 from benchmarks.goals import Faster, OfPeak, PerCore, Within
-from benchmarks.workloads import workloads
+from benchmarks.workloads import unit_of, workloads
 from quantkernels._lib import _host
 
 ROOT = Path(__file__).parent.parent
@@ -164,8 +164,16 @@ def test_limits_are_measured_with_each_instruction_set(isa: str) -> None:
     assert float(run.stdout) > 0
 
 
+@pytest.mark.parametrize(
+    "w_bits, a_bits, expected",
+    [(1, 1, ("popcount", 1)), (2, 2, ("lookup", 2)), (1, 4, ("lookup", 1)), (1, 8, ("lookup", 2)), (2, 8, ("int8", 1))],
+)
+def test_products_are_held_against_the_highest_peak(w_bits: int, a_bits: int, expected: tuple[str, int]) -> None:
+    assert unit_of(w_bits, a_bits) == expected
+
+
 def test_peak_loops_refuse_what_they_cannot_measure() -> None:
-    with pytest.raises(ValueError, match="unit must be fp32, int8 or popcount, got int4"):
+    with pytest.raises(ValueError, match="unit must be fp32, int8, popcount or lookup, got int4"):
         _host.peak("int4", 1)
     buffer = limits.aligned(4096)
     with pytest.raises(ValueError, match="aligned to 64 bytes"):

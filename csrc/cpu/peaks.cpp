@@ -14,6 +14,7 @@ namespace {
 
 // Independent chains: more than latency times issue width of any unit measured here, and few enough to stay in registers.
 constexpr int kChains = 12;
+constexpr int kCodesALookup = 4;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -64,6 +65,19 @@ double popcount(int64_t rounds) {
   }
   asm volatile("" : : "r"(acc) : "memory");
   return 2.0 * 64 * kWords;
+}
+
+double lookup(int64_t rounds) {
+  constexpr int kBytes = 64;
+  uint8_t places[kBytes], found[kBytes], table[16];
+  std::memset(places, 3, sizeof(places));
+  std::memset(table, 5, sizeof(table));
+  for (int64_t r = 0; r < rounds; ++r) {
+    asm volatile("" : : "r"(places), "r"(table) : "memory");
+    for (int i = 0; i < kBytes; ++i) found[i] = table[places[i]];
+    asm volatile("" : : "r"(found) : "memory");
+  }
+  return 2.0 * kCodesALookup * kBytes;
 }
 
 }  // namespace portable
@@ -158,6 +172,16 @@ namespace avx2 {
   return 2.0 * 256 * kSums * kInner;
 }
 
+[[gnu::target("avx2")]] double lookup(int64_t rounds) {
+  __m256i found[kChains], table = _mm256_set1_epi8(5);
+  for (auto& v : found) v = _mm256_set1_epi8(3);
+  QK_OPAQUE(table);
+  for (int64_t r = 0; r < rounds; ++r)
+    for (auto& v : found) v = _mm256_shuffle_epi8(table, v);
+  for (auto& v : found) QK_OPAQUE(v);
+  return 2.0 * kCodesALookup * 32 * kChains;
+}
+
 [[gnu::target("avx2")]] void read(const void* source, size_t bytes, int64_t repeats) {
   read_words<Words256>(source, bytes, repeats);
 }
@@ -203,6 +227,16 @@ namespace avx512 {
   return 2.0 * 512 * kChains;
 }
 
+[[gnu::target("avx512f,avx512vbmi")]] double lookup(int64_t rounds) {
+  __m512i found[kChains], table = _mm512_set1_epi32(0x05050505);
+  for (auto& v : found) v = _mm512_set1_epi32(0x03030303);
+  QK_OPAQUE_512(table);
+  for (int64_t r = 0; r < rounds; ++r)
+    for (auto& v : found) v = _mm512_permutexvar_epi8(v, table);
+  for (auto& v : found) QK_OPAQUE_512(v);
+  return 2.0 * kCodesALookup * 64 * kChains;
+}
+
 [[gnu::target("avx512f")]] void read(const void* source, size_t bytes, int64_t repeats) {
   read_words<Words512>(source, bytes, repeats);
 }
@@ -225,7 +259,7 @@ namespace avx512 {
 #endif
 
 struct Loops {
-  double (*peak[3])(int64_t);  // by Unit
+  double (*peak[4])(int64_t);  // by Unit
   void (*read)(const void*, size_t, int64_t);
   void (*copy)(void*, const void*, size_t, int64_t);
   void (*copy_bypass)(void*, const void*, size_t, int64_t);
@@ -234,12 +268,12 @@ struct Loops {
 const Loops& loops() {
 #if defined(__x86_64__)
   static const Loops with_avx512{
-      {avx512::fp32, avx512::int8, avx512::popcount}, avx512::read, avx512::copy, avx512::copy_bypass};
-  static const Loops with_avx2{{avx2::fp32, avx2::int8, avx2::popcount}, avx2::read, avx2::copy, avx2::copy};
+      {avx512::fp32, avx512::int8, avx512::popcount, avx512::lookup}, avx512::read, avx512::copy, avx512::copy_bypass};
+  static const Loops with_avx2{{avx2::fp32, avx2::int8, avx2::popcount, avx2::lookup}, avx2::read, avx2::copy, avx2::copy};
   if (chosen_isa() == Isa::kAvx512) return with_avx512;
   if (chosen_isa() == Isa::kAvx2) return with_avx2;
 #endif
-  static const Loops plain{{portable::fp32, portable::int8, portable::popcount},
+  static const Loops plain{{portable::fp32, portable::int8, portable::popcount, portable::lookup},
                            read_words<Words128>,
                            copy_words<Words128>,
                            copy_words<Words128>};

@@ -7,9 +7,10 @@
 namespace qk::cpu {
 
 enum class Unit {
-  kFp32,     // float32 multiply-add: two operations an element
-  kInt8,     // 8-bit multiply-add into int32 (VNNI, maddubs, or plain): two operations an element
-  kPopcount  // AND and population count of bits: two operations a bit
+  kFp32,      // float32 multiply-add: two operations an element
+  kInt8,      // 8-bit multiply-add into int32 (VNNI, maddubs, or plain): two operations an element
+  kPopcount,  // AND and population count of bits: two operations a bit
+  kLookup     // a byte found in a table, the sum of some of four codes: two operations a code
 };
 
 // Seconds of a monotonic clock around the loop alone, so that threads can be laid over each other, and the operations done

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -28,9 +29,11 @@ py::tuple timed(const Run& run) {
 
 py::tuple peak(const std::string& unit, int64_t rounds) {
   using qk::cpu::Unit;
-  if (unit != "fp32" && unit != "int8" && unit != "popcount")
-    throw std::invalid_argument("peak: unit must be fp32, int8 or popcount, got " + unit);
-  const Unit which = unit == "fp32" ? Unit::kFp32 : unit == "int8" ? Unit::kInt8 : Unit::kPopcount;
+  static const std::map<std::string, Unit> units{
+      {"fp32", Unit::kFp32}, {"int8", Unit::kInt8}, {"popcount", Unit::kPopcount}, {"lookup", Unit::kLookup}};
+  const auto found = units.find(unit);
+  if (found == units.end()) throw std::invalid_argument("peak: unit must be fp32, int8, popcount or lookup, got " + unit);
+  const Unit which = found->second;
   return timed([&] { return qk::cpu::run_peak(which, rounds); });
 }
 
@@ -100,7 +103,7 @@ PYBIND11_MODULE(_host, m) {
       "cpu_isa", [] { return std::string(qk::cpu::name_of(qk::cpu::chosen_isa())); },
       "The instruction set whose kernels run here");
   m.def("peak", &peak, py::arg("unit"), py::arg("rounds"),
-        "(begin, end, operations) of a loop of nothing but the unit's instruction: fp32, int8 or popcount");
+        "(begin, end, operations) of a loop of nothing but the unit's instruction: fp32, int8, popcount or lookup");
   m.def("read_stream", &read_stream, py::arg("source"), py::arg("repeats"), "(begin, end, bytes) of reading a buffer");
   m.def("copy_stream", &copy_stream, py::arg("destination"), py::arg("source"), py::arg("repeats"), py::arg("bypass"),
         "(begin, end, bytes read and written) of copying a buffer; bypass: around the caches where that is possible");
