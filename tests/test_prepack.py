@@ -92,6 +92,13 @@ def test_a_layer_whose_input_floats_has_none():
     assert arranged(qk.prepack(model)) == []
 
 
+def test_a_layer_whose_input_has_a_learned_basis_has_none():
+    model = packed(chain(), qk.MinMax(2, axis=0), qk.LearnedBasis(2, signed=False))
+    after = qk.prepack(copy.deepcopy(model))
+    assert arranged(after) == []
+    check_same(model, after, images(4, 3, 12, 12))
+
+
 def test_under_compile():
     model = packed(chain())
     after = torch.compile(qk.prepack(copy.deepcopy(model)), fullgraph=True, dynamic=False)

@@ -167,8 +167,9 @@ class PackedLayer(nn.Module):
 
     def prepack(self) -> None:
         """Arrange the weight bits in use for the kernels once, not at each call: `ops.prepack_weight`. Nothing happens
-        where the input stays floating, or the device has no use for it."""
-        if self.activation_grid is None:
+        where the input stays floating or has a learned basis (its kernels read planes), or the device has no use for
+        it."""
+        if self.activation_kind in (-1, Kind.LEARNED):
             return
         channels, kernel_size, groups = self.window
         _, kind, levels = self.weight_coding
