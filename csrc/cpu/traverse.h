@@ -56,15 +56,15 @@ inline constexpr int64_t kMinRows = 8;            // unless too few rows share t
 inline constexpr int64_t kShortRun = 4;           // this length is better off with a partial vector
 inline constexpr int64_t kPiece = 1 << 14;        // elements of float32 a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kShortRow = 256;         // columns: elements of a row that is repeated until it has as many
-inline constexpr int64_t kWholeGroups = 12;       // columns: such a number of rows is groups of 4 as of 6, none left
 inline constexpr int64_t kAskedRows = 28;         // columns: rows that are walked while as many are asked for
 inline constexpr int64_t kAskedBytes = 8 << 20;   // in tensors of this size
 inline constexpr int64_t kStripRows = 256;        // columns: rows whose accumulators stay in registers, for ops of pairs,
 inline constexpr int kRowsAhead = 8;              // and how far ahead they are asked for
 inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they are asked whether they are settled,
 inline constexpr int64_t kUnsettledTogether = 2;  // or are so together
+inline constexpr int64_t kLeastSteps = 3;          // columns: fewer groups of rows than this a block are not taken apart
 inline constexpr int64_t kMaxBlocks = 16;         // column blocks of a reduction, each with partial sums of its own
-inline constexpr int64_t kMaxBlockRows = 4096;    // so that a float32 partial sum stays accurate
+inline constexpr int64_t kMaxBlockRows = 2560;    // on average, so that a float32 partial sum stays accurate
 inline constexpr int64_t kStreamBytes = 8 << 20;  // results of this size leave the caches before they are read again
 inline constexpr int64_t kStreamAhead = 8 << 10;  // bytes that are asked for ahead of a stream: beyond the page at hand
 
@@ -73,7 +73,17 @@ struct Walk {
   int64_t period;  // columns: entries in a parameter table; runs: unused
   int64_t rows;    // runs: outer * channels; columns: rows of `period`, the last one perhaps partial
   int64_t pieces;  // runs: pieces a run is cut into; columns: blocks of rows of a reduction
-  int64_t piece;   // runs: elements a piece; columns: rows a block
+  int64_t piece;   // runs: elements a piece; columns: rows a block, on average
+
+  // Columns: where a block begins in `count` rows or groups of rows. Four blocks in turn are as 4, 3, 2 and 1: the last
+  // that a thread takes is small, so that nobody waits long for it.
+  int64_t begin_of(int64_t block, int64_t count) const { return count * before(block) / std::max<int64_t>(before(pieces), 1); }
+
+ private:
+  static int64_t before(int64_t block) {
+    constexpr int64_t kBefore[] = {0, 4, 7, 9};
+    return block / 4 * 10 + kBefore[block % 4];
+  }
 };
 
 inline Walk walk_of(const Layout& layout, DType dtype = DType::kFloat32) {
@@ -94,8 +104,6 @@ inline Walk walk_of(const Layout& layout, DType dtype = DType::kFloat32) {
   walk.rows = (layout.numel() + walk.period - 1) / walk.period;
   const int64_t enough = std::max(8 * kPiece / walk.period, std::min(walk.rows / kMaxBlocks, kMaxBlockRows));
   walk.piece = std::max<int64_t>(1, enough);
-  if (dtype == DType::kFloat32 && walk.piece > kWholeGroups)
-    walk.piece = (walk.piece + kWholeGroups - 1) / kWholeGroups * kWholeGroups;
   walk.pieces = (walk.rows + walk.piece - 1) / walk.piece;
   return walk;
 }
@@ -555,19 +563,20 @@ inline constexpr bool kUnrollsRows = false;
 template <class Op>
 inline constexpr bool kReadsFirst = kUnrollsRows<Op> && requires(const Op& op) { op.read(0, Whole{}); };
 
-// Whole rows of which kRows are walked side by side: a vector of each shares one load of parameters and of accumulators, and
-// one store. Each goes on to the row that follows it in memory, as prefetchers like it, so that they are far apart: an odd
-// number of rows, for rows are often 1 or 2 KiB, and addresses that agree in their low 12 bits share eight lines of the
-// first-level cache. kAsks: the next rows are asked for in the order of memory. Returns the first row that is left.
+// Of rows that are walked side by side, how far apart they are. An odd number of rows, for rows are often 1 or 2 KiB, and
+// addresses that agree in their low 12 bits share eight lines of the first-level cache.
+inline int64_t odd(int64_t rows) { return rows - (rows % 2 == 0); }
+
+// `count` rows, and with each kRows - 1 more, `apart` from one another: a vector of them all shares one load of parameters
+// and of accumulators, and one store. Each row goes on to the one that follows it in memory, as prefetchers like it, so that
+// they are far apart. kAsks: the rows after the last of them are asked for in the order of memory.
 template <int kRows, bool kAsks, class Op>
-inline int64_t run_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row,
-                        int64_t last_row, ColumnSums<Op> partial) {
+inline void run_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row,
+                     int64_t count, int64_t apart, ColumnSums<Op> partial) {
   const Op op = shared;  // as in run_piece
-  const int64_t each = std::min(last_row - row, kAsks ? kAskedRows : last_row) / kRows, apart = each - (each % 2 == 0);
-  const int64_t period = walk.period, whole = period / kLanes * kLanes, next_row = row + apart * kRows,
-                stride = apart * period;
-  int64_t ahead = next_row * period;
-  for (int64_t step = row; step < row + apart; ++step) {
+  const int64_t period = walk.period, whole = period / kLanes * kLanes, stride = apart * period;
+  int64_t ahead = (row + apart * kRows) * period;
+  for (int64_t step = row; step < row + count; ++step) {
     const int64_t begin = step * period;
     for (int64_t column = 0; column < whole; column += kLanes, ahead += kRows * kLanes) {
       const auto params = op.params([&](int field) QK_INLINED { return table.of_columns(field, column); });
@@ -600,16 +609,26 @@ inline int64_t run_rows(const Layout& layout, const Walk& walk, const ChannelTab
     }
     if (whole < period) run_columns(layout, walk, table, op, step, apart, kRows, whole, partial);
   }
-  return next_row;
 }
+
+// Whether an op reads several tensors, and says what it reads.
+template <class Op>
+concept Prefetches = requires(const Op& op) { op.prefetch(0); };
+
+// Other tensors and results are streams of their own, and without accumulators there is less to share.
+template <class Op>
+inline constexpr int kRowsTogether = kReadsFirst<Op> || Prefetches<Op> ? 4 : Op::kSums > 0 ? 6 : 2;
 
 template <bool kAsks, class Op>
 inline void run_all_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
                          int64_t last_row, ColumnSums<Op> partial) {
-  // Other tensors and results are streams of their own, and without accumulators there is less to share.
-  constexpr int kRows = kReadsFirst<Op> || requires { op.prefetch(row); } ? 4 : Op::kSums > 0 ? 6 : 2;
-  while (row + kRows <= last_row) row = run_rows<kRows, kAsks>(layout, walk, table, op, row, last_row, partial);
-  while (row < last_row) row = run_rows<1, false>(layout, walk, table, op, row, last_row, partial);
+  constexpr int kRows = kRowsTogether<Op>;
+  while (row + kRows <= last_row) {
+    const int64_t apart = odd(std::min(last_row - row, kAsks ? kAskedRows : last_row) / kRows);
+    run_rows<kRows, kAsks>(layout, walk, table, op, row, apart, apart, partial);
+    row += apart * kRows;
+  }
+  run_rows<1, false>(layout, walk, table, op, row, last_row - row, 0, partial);
 }
 
 // Parameters of two vectors of columns, in the order of TwoVecs.
@@ -670,31 +689,48 @@ inline void run_strips_of_pairs(const Layout& layout, const Walk& walk, const Ch
   }
 }
 
+// Rows that lie side by side, of which the last may be partial.
 template <class Op>
-inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
-                      int64_t last_row, ColumnSums<Op> partial) {
-  if constexpr (Op::kSums > 0) {
-    Vec empty[Op::kSums + 1];
-    reset_sums<Op>(empty);
-    for (int64_t column = 0; column < walk.period; column += kLanes) partial.store_to(column, empty);
-  }
+inline void run_range(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
+                      int64_t last_row, bool asks, ColumnSums<Op> partial) {
   const int64_t whole_rows = layout.numel() / walk.period, end = std::min(last_row, whole_rows);
-  [[maybe_unused]] const bool far = layout.numel() * static_cast<int64_t>(sizeof(*op.x)) >= kAskedBytes;
   if constexpr (requires { op.template prefetch_pair<Reach::kNear>(row); }) {
-    (far ? run_strips_of_pairs<true, Op> : run_strips_of_pairs<false, Op>)(layout, walk, table, op, row, end, partial);
-  } else if constexpr (kUnrollsRows<Op> && requires { op.prefetch(row); }) {
-    (far ? run_all_rows<true, Op> : run_all_rows<false, Op>)(layout, walk, table, op, row, end, partial);
+    (asks ? run_strips_of_pairs<true, Op> : run_strips_of_pairs<false, Op>)(layout, walk, table, op, row, end, partial);
+  } else if constexpr (kUnrollsRows<Op> && Prefetches<Op>) {
+    (asks ? run_all_rows<true, Op> : run_all_rows<false, Op>)(layout, walk, table, op, row, end, partial);
   } else {
     run_all_rows<false>(layout, walk, table, op, row, end, partial);
   }
   if (end < last_row) run_columns(layout, walk, table, op, whole_rows, 1, 1, 0, partial);
 }
 
+// A block of a reduction. Where rows are walked side by side, they are of all parts of the tensor and each block has some of
+// each part, so that a thread goes on from block to block where it is; the last block takes what is left over. Rows that are
+// asked for in the order of memory lie side by side in a block, and so do those of which there are few.
+template <class Op>
+inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t block,
+                      bool asks, ColumnSums<Op> partial) {
+  Vec empty[Op::kSums + 1];
+  reset_sums<Op>(empty);
+  for (int64_t column = 0; column < walk.period; column += kLanes) partial.store_to(column, empty);
+  if constexpr (!requires { op.template prefetch_pair<Reach::kNear>(block); }) {
+    constexpr int kRows = kRowsTogether<Op>;
+    const int64_t apart = odd(layout.numel() / walk.period / kRows), begin = walk.begin_of(block, apart);
+    if (apart >= kLeastSteps * walk.pieces && !(Prefetches<Op> && asks)) {
+      run_rows<kRows, false>(layout, walk, table, op, begin, walk.begin_of(block + 1, apart) - begin, apart, partial);
+      if (block + 1 == walk.pieces) run_range(layout, walk, table, op, apart * kRows, walk.rows, false, partial);
+      return;
+    }
+  }
+  run_range(layout, walk, table, op, walk.begin_of(block, walk.rows), walk.begin_of(block + 1, walk.rows), asks, partial);
+}
+
 template <class Op>
 void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, double* totals) {
+  const bool asks = layout.numel() * static_cast<int64_t>(sizeof(*op.x)) >= kAskedBytes;
   if constexpr (Op::kSums == 0) {  // no partial sums, so rows may go to as many threads as there are
     parallel_for(walk.rows, std::max<int64_t>(1, kPiece / walk.period), [&](int64_t begin, int64_t end) {
-      run_block(layout, walk, table, op, begin, end, ColumnSums<Op>(nullptr));
+      run_range(layout, walk, table, op, begin, end, asks, ColumnSums<Op>(nullptr));
       finish_streams();
     });
   } else {
@@ -706,8 +742,7 @@ void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable
     };
     parallel_for(walk.pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        run_block(layout, walk, table, op, block * walk.piece, std::min((block + 1) * walk.piece, walk.rows),
-                  sums.of(block));
+        run_block(layout, walk, table, op, block, asks, sums.of(block));
         if (sums.finish(block)) take();  // by the thread that has them in its cache
       }
       finish_streams();
