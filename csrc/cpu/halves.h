@@ -119,11 +119,10 @@ template <>
 class MagnitudeSums<Half> {
  public:
   void add(__m512i, const Half* p) {
-    unrolled<kEights>([&](int q) QK_INLINED {
-      const Vec8 value = load_eight(p + 8 * q), magnitude = abs(value);
-      magnitudes_[q] = q == 3 ? magnitudes_[q] + magnitude : multiplier_add(magnitude, magnitudes_[q]);
-      squares_[q] = multiply_add(value, value, squares_[q]);
-    });
+    Vec8 values[kEights];
+    unrolled<kEights>([&](int q) QK_INLINED { values[q] = load_eight(p + 8 * q); });
+    unrolled<kEights>([&](int q) QK_INLINED { squares_[q] = multiply_add(values[q], values[q], squares_[q]); });
+    unrolled<kEights>([&](int q) QK_INLINED { magnitudes_[q] = multiplier_add(abs(values[q]), magnitudes_[q]); });
   }
   TwoVecs magnitudes() const { return joined(magnitudes_); }
   TwoVecs squares() const { return joined(squares_); }

@@ -58,8 +58,9 @@ inline constexpr int64_t kPiece = 1 << 14;        // elements of float32 a task 
 inline constexpr int64_t kShortRow = 256;         // columns: elements of a row that is repeated until it has as many
 inline constexpr int64_t kAskedRows = 28;         // columns: rows that are walked while as many are asked for
 inline constexpr int64_t kAskedBytes = 8 << 20;   // in tensors of this size
-inline constexpr int64_t kStripRows = 256;        // columns: rows whose accumulators stay in registers, for ops of pairs,
-inline constexpr int kRowsAhead = 8;              // and how far ahead they are asked for
+inline constexpr int64_t kStripRows = 512;        // columns: rows whose accumulators stay in registers, for ops of pairs,
+inline constexpr int kRowsAhead = 8;              // how far ahead they are asked for,
+inline constexpr int kRowsFarAhead = 48;          // and how far for the second-level cache, which takes more requests at once
 inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they are asked whether they are settled,
 inline constexpr int64_t kUnsettledTogether = 2;  // or are so together
 inline constexpr int64_t kLeastSteps = 3;          // columns: fewer groups of rows than this a block are not taken apart
@@ -308,6 +309,7 @@ template <int kPairs, bool kTogether, class Op, class Params, class Ask>
 inline void run_pairs(const Op& op, const Params (&params)[kPairs][2], int64_t i, int64_t stride, int64_t count,
                       typename Op::Pairs* pairs, const Ask& ask) {
   const auto run = [&]<bool kSettled>(int64_t steps) {
+#pragma GCC unroll 2
     for (; steps > 0; --steps, i += stride)
       unrolled<kPairs>([&](int p) QK_INLINED {
         ask(i + p * 2 * kLanes);
@@ -641,8 +643,8 @@ inline auto params_of_pair(const ChannelTable& table, const Op& op, int64_t colu
 }
 
 // A strip of kPairs pairs of vectors of columns, whose parameters and accumulators stay in registers. Each row of it is a
-// cache line or two, far from those of the next row, so they are asked for ahead. kAsks: and, from `far` on and in the order
-// of memory, as many as are read.
+// cache line or two, far from those of the next row, so they are asked for ahead, first from the second-level cache and then
+// from the first. kAsks: the former from `far` on and in the order of memory, as many as are read.
 template <int kPairs, bool kAsks, class Op>
 inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row, int64_t last_row,
                                int64_t column, int64_t far, ColumnSums<Op> partial) {
@@ -653,12 +655,12 @@ inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, cons
     for (int second = 0; second < 2; ++second)
       params[p][second] = params_of_pair(table, op, column + 2 * p * kLanes, second);
   });
-  const int64_t ahead = kRowsAhead * walk.period;
+  const int64_t ahead = kRowsAhead * walk.period, far_ahead = kRowsFarAhead * walk.period;
   run_pairs<kPairs, false>(op, params, row * walk.period + column, walk.period, last_row - row, pairs,
                            [&](int64_t i) QK_INLINED {
                              op.template prefetch_pair<Reach::kNear>(i + ahead);
-                             if constexpr (kAsks)
-                               op.template prefetch_pair<Reach::kFar>(std::exchange(far, far + 2 * kLanes));
+                             op.template prefetch_pair<Reach::kFar>(kAsks ? std::exchange(far, far + 2 * kLanes)
+                                                                          : i + far_ahead);
                            });
   if constexpr (Op::kSums > 0)
     unrolled<kPairs>([&](int p) QK_INLINED {
