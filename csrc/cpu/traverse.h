@@ -51,19 +51,19 @@
 
 namespace qk::cpu::QK_CPU_ISA {
 
-inline constexpr int64_t kMinRun = 32;            // shorter runs go by columns,
-inline constexpr int64_t kMinRows = 8;            // unless too few rows share the tables: then a run of
-inline constexpr int64_t kShortRun = 4;           // this length is better off with a partial vector
-inline constexpr int64_t kPiece = 1 << 14;        // elements of float32 a task takes at a time: its tensors stay in L2
-inline constexpr int64_t kShortRow = 256;         // columns: elements of a row that is repeated until it has as many
-inline constexpr int64_t kAskedRows = 28;         // columns: rows that are walked while as many are asked for
-inline constexpr int64_t kAskedBytes = 8 << 20;   // in tensors of this size
-inline constexpr int64_t kStripRows = 512;        // columns: rows whose accumulators stay in registers, for ops of pairs,
-inline constexpr int kRowsAhead = 8;              // how far ahead they are asked for,
-inline constexpr int kRowsFarAhead = 48;          // and how far for the second-level cache, which takes more requests at once
-inline constexpr int64_t kUnsettledSteps = 16;    // of pairs, after which they are asked whether they are settled,
+inline constexpr int64_t kMinRun = 32;           // shorter runs go by columns,
+inline constexpr int64_t kMinRows = 8;           // unless too few rows share the tables: then a run of
+inline constexpr int64_t kShortRun = 4;          // this length is better off with a partial vector
+inline constexpr int64_t kPiece = 1 << 14;       // elements of float32 a task takes at a time: its tensors stay in L2
+inline constexpr int64_t kShortRow = 256;        // columns: elements of a row that is repeated until it has as many
+inline constexpr int64_t kAskedRows = 28;        // columns: rows that are walked while as many are asked for
+inline constexpr int64_t kAskedBytes = 8 << 20;  // in tensors of this size
+inline constexpr int64_t kStripRows = 512;       // columns: rows whose accumulators stay in registers, for ops of pairs,
+inline constexpr int kRowsAhead = 8;             // how far ahead they are asked for,
+inline constexpr int kRowsFarAhead = 48;         // and how far for the second-level cache, which takes more requests at once
+inline constexpr int64_t kUnsettledSteps = 16;   // of pairs, after which they are asked whether they are settled,
 inline constexpr int64_t kUnsettledTogether = 2;  // or are so together
-inline constexpr int64_t kLeastSteps = 3;          // columns: fewer groups of rows than this a block are not taken apart
+inline constexpr int64_t kLeastSteps = 3;         // columns: fewer groups of rows than this a block are not taken apart
 inline constexpr int64_t kMaxBlocks = 16;         // column blocks of a reduction, each with partial sums of its own
 inline constexpr int64_t kMaxBlockRows = 2560;    // on average, so that a float32 partial sum stays accurate
 inline constexpr int64_t kStreamBytes = 8 << 20;  // results of this size leave the caches before they are read again
@@ -78,7 +78,9 @@ struct Walk {
 
   // Columns: where a block begins in `count` rows or groups of rows. Four blocks in turn are as 4, 3, 2 and 1: the last
   // that a thread takes is small, so that nobody waits long for it.
-  int64_t begin_of(int64_t block, int64_t count) const { return count * before(block) / std::max<int64_t>(before(pieces), 1); }
+  int64_t begin_of(int64_t block, int64_t count) const {
+    return count * before(block) / std::max<int64_t>(before(pieces), 1);
+  }
 
  private:
   static int64_t before(int64_t block) {
@@ -619,7 +621,9 @@ concept Prefetches = requires(const Op& op) { op.prefetch(0); };
 
 // Other tensors and results are streams of their own, and without accumulators there is less to share.
 template <class Op>
-inline constexpr int kRowsTogether = kReadsFirst<Op> || Prefetches<Op> ? 4 : Op::kSums > 0 ? 6 : 2;
+inline constexpr int kRowsTogether = kReadsFirst<Op> || Prefetches<Op> ? 4
+                                     : Op::kSums > 0                   ? 6
+                                                                       : 2;
 
 template <bool kAsks, class Op>
 inline void run_all_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
@@ -656,12 +660,11 @@ inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, cons
       params[p][second] = params_of_pair(table, op, column + 2 * p * kLanes, second);
   });
   const int64_t ahead = kRowsAhead * walk.period, far_ahead = kRowsFarAhead * walk.period;
-  run_pairs<kPairs, false>(op, params, row * walk.period + column, walk.period, last_row - row, pairs,
-                           [&](int64_t i) QK_INLINED {
-                             op.template prefetch_pair<Reach::kNear>(i + ahead);
-                             op.template prefetch_pair<Reach::kFar>(kAsks ? std::exchange(far, far + 2 * kLanes)
-                                                                          : i + far_ahead);
-                           });
+  run_pairs<kPairs, false>(
+      op, params, row * walk.period + column, walk.period, last_row - row, pairs, [&](int64_t i) QK_INLINED {
+        op.template prefetch_pair<Reach::kNear>(i + ahead);
+        op.template prefetch_pair<Reach::kFar>(kAsks ? std::exchange(far, far + 2 * kLanes) : i + far_ahead);
+      });
   if constexpr (Op::kSums > 0)
     unrolled<kPairs>([&](int p) QK_INLINED {
       const int64_t low = column + 2 * p * kLanes, high = low + kLanes;
