@@ -2,6 +2,7 @@
 
     pytest benchmarks --benchmark-only                      measure everything, into benchmarks/results/<machine>.json
     pytest benchmarks --benchmark-only -k attention         some of it, merged into the same file
+    pytest benchmarks --benchmark-only --again              once more: of each workload the run that was disturbed less
     pytest benchmarks --benchmark-only --quick              tiny shapes: tries the code, keeps nothing
 
 pytest-benchmark's own options work too (``--benchmark-json FILE`` for its raw data).
@@ -30,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the benchmarks."""
     group = parser.getgroup("quantkernels benchmarks")
     group.addoption("--quick", action="store_true", help="tiny shapes, no torch.compile, results are not kept")
+    group.addoption("--again", action="store_true", help="replace results where this run is disturbed less")
     group.addoption("--results", type=Path, help="folder of the result files (default: benchmarks/results)")
     group.addoption("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="default: 2")
 
@@ -53,6 +55,7 @@ class Session:
 
     def __init__(self, config: pytest.Config) -> None:
         self.quick: bool = config.getoption("quick")
+        self.again: bool = config.getoption("again")
         self.threads: int = config.getoption("threads")
         self.folder: Path | None = config.getoption("results") or (None if self.quick else store.RESULTS)
         self.entries: dict[str, dict[str, Any]] = {}
@@ -71,7 +74,9 @@ class Session:
         path = self.folder / f"{store.machine_name(facts)}.json"
         before = store.read(path) if path.exists() else None
         known = [w.name for w in workloads(self.quick)]
-        store.write(path, store.merge(before, facts, store.run_facts(self.limits), self.entries, known))
+        run = store.run_facts(self.limits)
+        entries = store.less_disturbed(before, run, self.entries) if self.again else self.entries
+        store.write(path, store.merge(before, facts, run, entries, known))
         return path
 
 

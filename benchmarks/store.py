@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -131,6 +132,27 @@ def merge(
     used = {value["run"] for value in results.values()}
     runs = {key: value for key, value in {**old["runs"], label: run}.items() if key in used}
     return {"format": FORMAT, "machine": facts, "runs": runs, "results": results}
+
+
+def less_disturbed(
+    before: dict[str, Any] | None, run: Mapping[str, Any], entries: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Those of the new entries in which most contestants took less time than in the old ones of the same commit.
+
+    Ours is one of several, and ratios are not looked at: this tells a machine that was left alone from one that had
+    other work to do.
+    """
+    if before is None:
+        return dict(entries)
+
+    def wins(name: str, new: dict[str, Any]) -> bool:
+        old = before["results"].get(name)
+        if old is None or before["runs"][old["run"]]["commit"] != run["commit"]:
+            return True
+        shared = new["seconds"].keys() & old["seconds"].keys()
+        return median(new["seconds"][key] / old["seconds"][key] for key in shared) < 1
+
+    return {name: entry for name, entry in entries.items() if wins(name, entry)}
 
 
 def write(path: Path, data: Mapping[str, Any]) -> None:

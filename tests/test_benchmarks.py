@@ -139,6 +139,23 @@ def test_runs_are_merged() -> None:
     assert set(last["runs"]) == {"day 3"}
 
 
+def test_of_two_runs_the_less_disturbed_is_kept() -> None:
+    def entry(ours: float, first: float, second: float) -> dict[str, Any]:
+        return {"seconds": {OURS: ours, "first": first, "second": second}}
+
+    known = ["slower", "quicker", "other commit", "new"]
+    before = store.merge(None, {}, {"date": "day 1", "commit": "a"}, {n: entry(2, 2, 2) for n in known[:2]}, known)
+    before = store.merge(before, {}, {"date": "day 2", "commit": "b"}, {known[2]: entry(2, 2, 2)}, known)
+    found = {
+        "slower": entry(1, 2.1, 2.1),  # it does not count that ours was quicker
+        "quicker": entry(4, 1.9, 1.9),  # nor that it was slower
+        "other commit": entry(9, 9, 9),
+        "new": entry(9, 9, 9),
+    }
+    assert store.less_disturbed(before, {"commit": "a"}, found).keys() == {"quicker", "other commit", "new"}
+    assert store.less_disturbed(None, {"commit": "a"}, found) == found
+
+
 def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
     data = store.merge(None, {"cpu": "x"}, {"date": "day 1"}, {"a": {"goal": "≥ 1"}}, ["a"])
     path = tmp_path / "deeper" / "machine.json"

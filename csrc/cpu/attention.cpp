@@ -23,11 +23,18 @@ enum class Mix {
 
 constexpr bool on_one_range(Mix mix) { return mix == Mix::kCovered || mix == Mix::kSharedRange; }
 
+// What codes are multiplied by.
+enum class Weights {
+  kNone,
+  kSteps,    // to be what they stand for, beside the offsets
+  kMixture,  // by the attention as well, beside the base
+};
+
 // Fields of the ChannelTable: no more than are used, for those that are loaded must find room in the first-level cache.
 struct Fields {
   int count;  // K
   Mix mix;
-  bool weighs;  // a forward: base and weights are wanted
+  Weights weights;
 
   int ranges() const { return on_one_range(mix) ? 1 : count; }  // of members that have their own
   bool bounds() const { return mix != Mix::kCovered; }
@@ -36,12 +43,14 @@ struct Fields {
   int bound(int k) const { return offset(ranges()) + k; }
   int weight(int k) const { return bound(bounds() ? ranges() : 0) + k; }
   int base() const { return weight(count); }
-  int size() const { return weighs ? base() + 1 : weight(0); }
+  int size() const {
+    return weights == Weights::kMixture ? base() + 1 : weights == Weights::kSteps ? weight(count) : weight(0);
+  }
 };
 
 // kCount quantizers; 0: any number up to kMaxQuantizers, told at run time. kClamped: nobody asks for a position out of
 // range. Clamping commutes with the multiplication by an inverse step that is positive, so members on one range share it.
-template <Mix kMix, int kCount, bool kClamped, bool kWeighs>
+template <Mix kMix, int kCount, bool kClamped, Weights kWeights>
 struct Members {
   static constexpr int kSize = kCount ? kCount : kMaxQuantizers;
   static constexpr bool kOneRange = on_one_range(kMix);
@@ -62,12 +71,12 @@ struct Members {
 
   template <class Field>
   Params params(Field field) const {
-    const Fields fields{size(), kMix, kWeighs};
+    const Fields fields{size(), kMix, kWeights};
     Params p;
-    if (kWeighs) p.base = field(fields.base());
+    if (kWeights == Weights::kMixture) p.base = field(fields.base());
     for (int k = 0; k < size(); ++k) {
       p.inverse[k] = field(fields.inverse(k));
-      if (kWeighs) p.weight[k] = field(fields.weight(k));
+      if (kWeights != Weights::kNone) p.weight[k] = field(fields.weight(k));
       if (k >= fields.ranges()) continue;
       p.offset[k] = field(fields.offset(k));
       if (fields.bounds()) p.bound[k] = field(fields.bound(k));
@@ -116,8 +125,8 @@ bool no_subnormal_mixtures(const AttentionArgs& args) {
 }
 
 template <Mix kMix, int kCount, class T>
-struct Forward : Members<kMix, kCount, true, true> {
-  using Base = Members<kMix, kCount, true, true>;
+struct Forward : Members<kMix, kCount, true, Weights::kMixture> {
+  using Base = Members<kMix, kCount, true, Weights::kMixture>;
   static constexpr int kSums = 0;
   const T* x;
   Results<T> out;
@@ -324,8 +333,8 @@ using ForwardOf = Forward<kMix, kCount, T>;
 // Accumulators: sum g; sum g c_k a quantizer (of an identity member sum g x); then what kSte, the most that any member asks
 // for, adds a quantizer: below and above, and inside. kStores: grad_x is wanted.
 template <Mix kMix, int kCount, Ste kSte, bool kStores, class T>
-struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity, false> {
-  using Base = Members<kMix, kCount, kSte == Ste::kIdentity, false>;
+struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity, kStores ? Weights::kNone : Weights::kSteps> {
+  using Base = Members<kMix, kCount, kSte == Ste::kIdentity, kStores ? Weights::kNone : Weights::kSteps>;
   static constexpr int kSize = Base::kSize;
   static constexpr int kRangeSums = kSte == Ste::kFull ? 3 : kSte == Ste::kClip ? 2 : 0;
   static constexpr int kSums = 1 + kSize * (1 + kRangeSums);
@@ -384,11 +393,28 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity, false> {
   }
 };
 
+// Where the gradient of the attention is all that is wanted. In columns its totals are the products <g, Q_k>, but for what
+// members on one range have in common, <g, offset>, which comes last.
+template <Mix kMix, int kCount, class T>
+struct Gradient : Backward<kMix, kCount, Ste::kIdentity, false, T> {
+  using Base = Backward<kMix, kCount, Ste::kIdentity, false, T>;
+  using Base::Base;
+  static constexpr int kTotals = Base::kSize + 1;
+
+  QK_INLINED void weigh(const typename Base::Params& p, const Vec* sums, Vec* totals) const {
+    if (Base::kOneRange) totals[Base::kSize] = multiply_add(sums[0], p.offset[0], totals[Base::kSize]);
+    for (int k = 0; k < this->size(); ++k) {
+      if (!Base::kOneRange) totals[k] = multiply_add(sums[0], p.offset[k], totals[k]);
+      totals[k] = multiply_add(sums[1 + k], p.weight[k], totals[k]);
+    }
+  }
+};
+
 #if defined(__AVX512F__)
 // Of half types 32 elements at a time, of Half on one range.
 template <Mix kMix, int kCount, class T>
-struct GradientOfPairs : Backward<kMix, kCount, Ste::kIdentity, false, T> {
-  using Base = Backward<kMix, kCount, Ste::kIdentity, false, T>;
+struct GradientOfPairs : Gradient<kMix, kCount, T> {
+  using Base = Gradient<kMix, kCount, T>;
   using Params = typename Base::Params;
   using Base::Base;
   static constexpr bool kByHalves = std::is_same_v<T, Half>;
@@ -454,10 +480,10 @@ struct GradientOfPairs : Backward<kMix, kCount, Ste::kIdentity, false, T> {
 };
 template <Mix kMix, int kCount, class T>
 using GradientOf = std::conditional_t<kInPairs<T> || (std::is_same_v<T, Half> && on_one_range(kMix)),
-                                      GradientOfPairs<kMix, kCount, T>, Backward<kMix, kCount, Ste::kIdentity, false, T>>;
+                                      GradientOfPairs<kMix, kCount, T>, Gradient<kMix, kCount, T>>;
 #else
 template <Mix kMix, int kCount, class T>
-using GradientOf = Backward<kMix, kCount, Ste::kIdentity, false, T>;
+using GradientOf = Gradient<kMix, kCount, T>;
 #endif
 
 // The grids column by column, so that what is done for each channel at each call is done for many at a time.
@@ -517,20 +543,25 @@ Mix mix_of(const AttentionArgs& args, const GridColumns& grids) {
 ChannelTable members_table(const AttentionArgs& args, const Walk& walk, const GridColumns& grids, const Fields& fields) {
   return ChannelTable(args.layout, walk, fields.size(), [&](const auto& field) {
     const int64_t channels = args.layout.channels;
-    if (fields.weighs) std::fill_n(field(fields.base()), channels, 0.0f);
+    const bool mixture = fields.weights == Weights::kMixture;
+    if (mixture) std::fill_n(field(fields.base()), channels, 0.0f);
     for (int k = 0; k < args.count; ++k) {
       const float* __restrict const offset = grids.offset(k), * __restrict const step = grids.step(k);
       float* __restrict const inverse = field(fields.inverse(k));
       for (int64_t c = 0; c < channels; ++c) inverse[c] = inverse_step(step[c]);
-      if (fields.weighs) {
-        const bool identity = args.kinds[k] == Kind::kIdentity;
+      const bool identity = args.kinds[k] == Kind::kIdentity;
+      if (mixture) {
         const float attention = args.attention[k];
         float* __restrict const base = field(fields.base()), * __restrict const weight = field(fields.weight(k));
         for (int64_t c = 0; c < channels; ++c) base[c] = identity ? base[c] : base[c] + attention * offset[c];
         for (int64_t c = 0; c < channels; ++c) weight[c] = identity ? attention : attention * step[c];
+      } else if (fields.weights == Weights::kSteps) {
+        float* const weight = field(fields.weight(k));
+        identity ? std::fill_n(weight, channels, 1.0f) : std::copy_n(step, channels, weight);
       }
       if (k >= fields.ranges()) continue;
-      std::copy_n(offset, channels, field(fields.offset(k)));
+      float* const first = field(fields.offset(k));
+      identity ? std::fill_n(first, channels, 0.0f) : std::copy_n(offset, channels, first);
       if (!fields.bounds()) continue;
       float* __restrict const bound = field(fields.bound(k));
       const auto levels = static_cast<float>(args.levels[k]);
@@ -596,13 +627,18 @@ void finish_backward(const AttentionArgs& args, const GridColumns& grids, const 
   }
 }
 
+// totals: of Gradient in columns.
+void finish_gradient(const AttentionArgs& args, const std::vector<double>& totals, int size) {
+  for (int64_t k = 0; k < args.count; ++k) args.grad_attention[k] = static_cast<float>(totals[k] + totals[size]);
+}
+
 }  // namespace
 
 void attention_quantize_forward(const AttentionArgs& args) {
   const Walk walk = walk_of(args.layout, args.dtype);
   const GridColumns grids(args);
   const Mix mix = mix_of(args, grids);
-  const ChannelTable table = members_table(args, walk, grids, {static_cast<int>(args.count), mix, true});
+  const ChannelTable table = members_table(args, walk, grids, {static_cast<int>(args.count), mix, Weights::kMixture});
   with_type(args.dtype, [&]<class T>(T*) {
     with_members(args, mix, [&]<Mix kMix, int kCount>() {
       const auto run = [&](const auto& op) { traverse(args.layout, walk, table, op); };
@@ -624,12 +660,15 @@ void attention_quantize_backward(const AttentionArgs& args) {
   const Walk walk = walk_of(args.layout, args.dtype);
   const GridColumns grids(args);
   const Mix mix = mix_of(args, grids);
-  const ChannelTable table = members_table(args, walk, grids, {static_cast<int>(args.count), mix, false});
+  const Weights weights = args.out ? Weights::kNone : Weights::kSteps;
+  const ChannelTable table = members_table(args, walk, grids, {static_cast<int>(args.count), mix, weights});
   const Ste most = *std::max_element(args.stes, args.stes + args.count);
   with_type(args.dtype, [&]<class T>(T*) {
     with_members(args, mix, [&]<Mix kMix, int kCount>() {
       const auto run_op = [&]<class Op>(Op*) {
-        finish_backward(args, grids, traverse(args.layout, walk, table, Op(args, walk)), Op::kSize, Op::kRangeSums);
+        const std::vector<double> totals = traverse(args.layout, walk, table, Op(args, walk));
+        if (Weighs<Op> && walk.by_columns) return finish_gradient(args, totals, Op::kSize);
+        finish_backward(args, grids, totals, Op::kSize, Op::kRangeSums);
       };
       const auto run = [&]<Ste kSte>() { run_op(static_cast<Backward<kMix, kCount, kSte, true, T>*>(nullptr)); };
       if (!args.out) return run_op(static_cast<GradientOf<kMix, kCount, T>*>(nullptr));

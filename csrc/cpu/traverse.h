@@ -26,6 +26,11 @@
 //   template <int kNext, int kOther> void finish_channels(int64_t channel, const float* totals) const
 //                                                  of kLanes channels: total s of channel + c is totals[c * kNext + s *
 //                                                  kOther]
+// Where it wants no more than totals over all channels, to which each adds by its own parameters, columns need no
+// accumulators in memory:
+//   static constexpr int kTotals                   how many; traverse() returns them where walk.by_columns
+//   void weigh(const Params&, const Vec* sums, Vec* totals) const       adds what accumulators of a vector of columns, of
+//                                                  any rows, come to
 // In columns it may take the elements of several rows before it stores results, as the processor holds back a load from an
 // address whose low 12 bits are those of a store shortly before:
 //   auto read(int64_t i, Lanes)                    what operator() loads of elements [i, i + lanes)
@@ -439,12 +444,25 @@ class ColumnSums {
   explicit ColumnSums(float* values) : values_(values) {}
   static int64_t size(const Walk& walk) { return (walk.period + kLanes - 1) / kLanes * kLanes * Op::kSums; }
 
+  void empty(const Walk& walk) const {
+    Vec sums[Op::kSums + 1];
+    reset_sums<Op>(sums);
+    for (int64_t column = 0; column < walk.period; column += kLanes) store_to(column, sums);
+  }
   QK_INLINED void load_from(int64_t column, Vec* sums) const {
     unrolled<Op::kSums>([&](int s) QK_INLINED { sums[s] = load(values_ + column * Op::kSums + s * kLanes); });
   }
   QK_INLINED void store_to(int64_t column, const Vec* sums) const {
     unrolled<Op::kSums>([&](int s) QK_INLINED { store(values_ + column * Op::kSums + s * kLanes, sums[s]); });
   }
+
+  // What is done with those of a vector of columns, before some rows and after them.
+  QK_INLINED void take(int64_t column, Vec* sums) const { load_from(column, sums); }
+  template <class Params>
+  QK_INLINED void give(const Op&, int64_t column, const Params&, const Vec* sums) const {
+    store_to(column, sums);
+  }
+  void end_row() const {}
   // Of the columns from this one to the last of its vector.
   const float* at(int64_t column, int s) const {
     return values_ + (column / kLanes * Op::kSums + s) * kLanes + column % kLanes;
@@ -453,6 +471,38 @@ class ColumnSums {
  private:
   float* values_;
 };
+
+template <class Op>
+concept Weighs = requires { Op::kTotals; };
+
+// The totals of an op that weighs, in place of ColumnSums. Those of a row are added up before they meet the others, as a
+// long row of float32 would lose what it adds to a large sum.
+template <class Op>
+class RunningTotals {
+ public:
+  RunningTotals() {
+    unrolled<Op::kTotals>([&](int s) QK_INLINED { all_[s] = of_row_[s] = splat(0.0f); });
+  }
+
+  QK_INLINED void take(int64_t, Vec* sums) const { reset_sums<Op>(sums); }
+  template <class Params>
+  QK_INLINED void give(const Op& op, int64_t, const Params& params, const Vec* sums) {
+    op.weigh(params, sums, of_row_);
+  }
+  QK_INLINED void end_row() {
+    unrolled<Op::kTotals>([&](int s) QK_INLINED {
+      all_[s] = all_[s] + of_row_[s];
+      of_row_[s] = splat(0.0f);
+    });
+  }
+  float total(int s) const { return lane_sum(all_[s]); }
+
+ private:
+  Vec all_[Op::kTotals], of_row_[Op::kTotals];
+};
+
+template <class Op>
+using SumsOf = std::conditional_t<Weighs<Op>, RunningTotals<Op>, ColumnSums<Op>>;
 
 // The accumulators of the blocks, which become those of block 0: merged in pairs of neighbours, in pairs of pairs and so on,
 // each by the thread that comes with the second of the two. It has that one in its cache and often both, and who merges
@@ -537,12 +587,12 @@ inline void finish_columns(const Layout& layout, const Op& op, ColumnSums<Op> su
 // whole.
 template <class Op>
 inline void run_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
-                        int64_t apart, int64_t count, int64_t first_column, ColumnSums<Op> partial) {
+                        int64_t apart, int64_t count, int64_t first_column, SumsOf<Op>& partial) {
   for (int64_t column = first_column; column < walk.period; column += kLanes) {
     const auto params = op.params([&](int field) { return table.of_columns(field, column); });
     const int64_t width = std::min<int64_t>(kLanes, walk.period - column);
     Vec sums[Op::kSums + 1];
-    partial.load_from(column, sums);
+    partial.take(column, sums);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t i = (row + r * apart) * walk.period + column, n = std::min(width, layout.numel() - i);
       if (n == kLanes) {
@@ -551,8 +601,9 @@ inline void run_columns(const Layout& layout, const Walk& walk, const ChannelTab
         apply_first(op, i, static_cast<int>(n), params, sums);
       }
     }
-    partial.store_to(column, sums);
+    partial.give(op, column, params, sums);
   }
+  partial.end_row();
 }
 
 // Beyond a few accumulators, and without vectors, the copies are large and gain nothing.
@@ -576,8 +627,9 @@ inline int64_t odd(int64_t rows) { return rows - (rows % 2 == 0); }
 // they are far apart. kAsks: the rows after the last of them are asked for in the order of memory.
 template <int kRows, bool kAsks, class Op>
 inline void run_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row,
-                     int64_t count, int64_t apart, ColumnSums<Op> partial) {
+                     int64_t count, int64_t apart, SumsOf<Op>& partial) {
   const Op op = shared;  // as in run_piece
+  SumsOf<Op> own = partial;
   const int64_t period = walk.period, whole = period / kLanes * kLanes, stride = apart * period;
   int64_t ahead = (row + apart * kRows) * period;
   for (int64_t step = row; step < row + count; ++step) {
@@ -600,7 +652,7 @@ inline void run_rows(const Layout& layout, const Walk& walk, const ChannelTable&
         continue;
       }
       Vec sums[Op::kSums + 1];
-      partial.load_from(column, sums);
+      own.take(column, sums);
       if constexpr (kUnrollsRows<Op>) {
         unrolled<kRows>([&](int r) QK_INLINED {
           if constexpr (kAsks) op.prefetch(ahead + r * kLanes);
@@ -609,10 +661,14 @@ inline void run_rows(const Layout& layout, const Walk& walk, const ChannelTable&
       } else {
         for (int r = 0; r < kRows; ++r) op(at(r), Whole{}, params, sums);
       }
-      partial.store_to(column, sums);
+      own.give(op, column, params, sums);
     }
-    if (whole < period) run_columns(layout, walk, table, op, step, apart, kRows, whole, partial);
+    own.end_row();
   }
+  partial = own;
+  if (whole < period)
+    for (int64_t step = row; step < row + count; ++step)
+      run_columns(layout, walk, table, op, step, apart, kRows, whole, partial);
 }
 
 // Whether an op reads several tensors, and says what it reads.
@@ -627,7 +683,7 @@ inline constexpr int kRowsTogether = kReadsFirst<Op> || Prefetches<Op> ? 4
 
 template <bool kAsks, class Op>
 inline void run_all_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
-                         int64_t last_row, ColumnSums<Op> partial) {
+                         int64_t last_row, SumsOf<Op>& partial) {
   constexpr int kRows = kRowsTogether<Op>;
   while (row + kRows <= last_row) {
     const int64_t apart = odd(std::min(last_row - row, kAsks ? kAskedRows : last_row) / kRows);
@@ -651,7 +707,7 @@ inline auto params_of_pair(const ChannelTable& table, const Op& op, int64_t colu
 // from the first. kAsks: the former from `far` on and in the order of memory, as many as are read.
 template <int kPairs, bool kAsks, class Op>
 inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row, int64_t last_row,
-                               int64_t column, int64_t far, ColumnSums<Op> partial) {
+                               int64_t column, int64_t far, SumsOf<Op>& partial) {
   const Op op = shared;  // as in run_piece
   typename Op::Pairs pairs[kPairs];
   decltype(params_of_pair(table, op, column, false)) params[kPairs][2];
@@ -659,6 +715,9 @@ inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, cons
     for (int second = 0; second < 2; ++second)
       params[p][second] = params_of_pair(table, op, column + 2 * p * kLanes, second);
   });
+  const auto params_of = [&](int64_t first) QK_INLINED {
+    return op.params([&](int field) QK_INLINED { return table.of_columns(field, first); });
+  };
   const int64_t ahead = kRowsAhead * walk.period, far_ahead = kRowsFarAhead * walk.period;
   run_pairs<kPairs, false>(
       op, params, row * walk.period + column, walk.period, last_row - row, pairs, [&](int64_t i) QK_INLINED {
@@ -669,18 +728,18 @@ inline void run_strip_of_pairs(const Walk& walk, const ChannelTable& table, cons
     unrolled<kPairs>([&](int p) QK_INLINED {
       const int64_t low = column + 2 * p * kLanes, high = low + kLanes;
       Vec sums[2][Op::kSums + 1];
-      partial.load_from(low, sums[0]);
-      partial.load_from(high, sums[1]);
+      partial.take(low, sums[0]);
+      partial.take(high, sums[1]);
       merge_pairs(op, pairs[p], sums[0], sums[1]);
-      partial.store_to(low, sums[0]);
-      partial.store_to(high, sums[1]);
+      partial.give(op, low, params_of(low), sums[0]);
+      partial.give(op, high, params_of(high), sums[1]);
     });
 }
 
 // Of an op that takes pairs.
 template <bool kAsks, class Op>
 inline void run_strips_of_pairs(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
-                                int64_t last_row, ColumnSums<Op> partial) {
+                                int64_t last_row, SumsOf<Op>& partial) {
   using Params = decltype(params_of_pair(table, op, 0, false));
   constexpr bool kFit = 2 * (sizeof(typename Op::Pairs) + 2 * sizeof(Params)) <= kRegisters * sizeof(Vec) / 2;
   constexpr int kPairs = kFit ? 2 : 1, kWidth = kPairs * 2 * kLanes;
@@ -697,7 +756,7 @@ inline void run_strips_of_pairs(const Layout& layout, const Walk& walk, const Ch
 // Rows that lie side by side, of which the last may be partial.
 template <class Op>
 inline void run_range(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
-                      int64_t last_row, bool asks, ColumnSums<Op> partial) {
+                      int64_t last_row, bool asks, SumsOf<Op>& partial) {
   const int64_t whole_rows = layout.numel() / walk.period, end = std::min(last_row, whole_rows);
   if constexpr (requires { op.template prefetch_pair<Reach::kNear>(row); }) {
     (asks ? run_strips_of_pairs<true, Op> : run_strips_of_pairs<false, Op>)(layout, walk, table, op, row, end, partial);
@@ -714,10 +773,7 @@ inline void run_range(const Layout& layout, const Walk& walk, const ChannelTable
 // asked for in the order of memory lie side by side in a block, and so do those of which there are few.
 template <class Op>
 inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t block,
-                      bool asks, ColumnSums<Op> partial) {
-  Vec empty[Op::kSums + 1];
-  reset_sums<Op>(empty);
-  for (int64_t column = 0; column < walk.period; column += kLanes) partial.store_to(column, empty);
+                      bool asks, SumsOf<Op>& partial) {
   if constexpr (!requires { op.template prefetch_pair<Reach::kNear>(block); }) {
     constexpr int kRows = kRowsTogether<Op>;
     const int64_t apart = odd(layout.numel() / walk.period / kRows), begin = walk.begin_of(block, apart);
@@ -735,9 +791,21 @@ void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable
   const bool asks = layout.numel() * static_cast<int64_t>(sizeof(*op.x)) >= kAskedBytes;
   if constexpr (Op::kSums == 0) {  // no partial sums, so rows may go to as many threads as there are
     parallel_for(walk.rows, std::max<int64_t>(1, kPiece / walk.period), [&](int64_t begin, int64_t end) {
-      run_range(layout, walk, table, op, begin, end, asks, ColumnSums<Op>(nullptr));
+      ColumnSums<Op> none(nullptr);
+      run_range(layout, walk, table, op, begin, end, asks, none);
       finish_streams();
     });
+  } else if constexpr (Weighs<Op>) {
+    std::vector<float> of_blocks(walk.pieces * Op::kTotals);
+    parallel_for(walk.pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        RunningTotals<Op> sums;
+        run_block(layout, walk, table, op, block, asks, sums);
+        for (int s = 0; s < Op::kTotals; ++s) of_blocks[block * Op::kTotals + s] = sums.total(s);
+      }
+    });
+    for (int64_t block = 0; block < walk.pieces; ++block)
+      for (int s = 0; s < Op::kTotals; ++s) totals[s] += of_blocks[block * Op::kTotals + s];
   } else {
     BlockSums<Op> sums(walk);
     const auto take = [&] {
@@ -747,7 +815,9 @@ void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable
     };
     parallel_for(walk.pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        run_block(layout, walk, table, op, block, asks, sums.of(block));
+        ColumnSums<Op> partial = sums.of(block);
+        partial.empty(walk);
+        run_block(layout, walk, table, op, block, asks, partial);
         if (sums.finish(block)) take();  // by the thread that has them in its cache
       }
       finish_streams();
@@ -756,7 +826,7 @@ void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable
   }
 }
 
-// Runs op over the tensor. Returns its accumulators, [kSums][channels], unless it took them itself.
+// Runs op over the tensor. Returns its accumulators, [kSums][channels], unless it took them itself; or its totals.
 template <class Op>
 std::vector<double> traverse(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op) {
   if constexpr (kFinishes<Op>) {
@@ -767,6 +837,13 @@ std::vector<double> traverse(const Layout& layout, const Walk& walk, const Chann
     if (!walk.by_columns && walk.pieces == 1 && layout.outer == 1) {
       traverse_channels(layout, table, op);
       return {};
+    }
+  }
+  if constexpr (Weighs<Op>) {
+    if (walk.by_columns) {
+      std::vector<double> totals(Op::kTotals);
+      traverse_columns(layout, walk, table, op, totals.data());
+      return totals;
     }
   }
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
