@@ -143,6 +143,34 @@ def test_channels_side_by_side(backend, channels, dtype, spread):
             assert_sums_close(along, expected, bound, x.numel())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kinds", [(0, 0, 0), (0, 3, 2, 1)], ids=str)
+@pytest.mark.parametrize("channels", [512, 509])
+def test_the_gradient_over_many_channels_of_a_large_tensor(channels, kinds, dtype):
+    """The native kernels of the CPU ask for what they will read next, from 8 MiB on. Here every sum is exact."""
+    random = torch.Generator().manual_seed(channels)
+    shape = (8 << 20) // (channels * dtype.itemsize) + 5, channels
+    x = (torch.randint(-256, 257, shape, generator=random) / 32).to(dtype)
+    grad = torch.randint(-2, 3, shape, generator=random).to(dtype)
+    assert x.nbytes >= 8 << 20
+    levels = [2 if kind == Kind.TERNARY else 1 if kind else 15 for kind in kinds]
+    grids = torch.randint(-8, 8, (len(kinds), channels, 3), generator=random) / 2
+    grids[..., 1] = 2.0 ** torch.randint(-3, 1, (len(kinds), channels), generator=random)
+    inputs = grad, x, torch.ones(len(kinds)), grids, kinds, levels, 1
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            along = ops.attention_gradient(*inputs)
+            for k, kind in enumerate(kinds):
+                q = x.float()
+                if kind != Kind.IDENTITY:
+                    q = reference.fake_quantize(q, grids[k], kind, levels[k], Ste.IDENTITY, 1)
+                assert along[k] == (grad.double() * q.double()).sum(), (k, kind)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("offset, step", [(0, -99), (-99, -99), (-101, -99), (0, -101), (-126, -127), (-140, -133)])
 def test_small_bfloat16_mixtures(backend, offset, step):
     """Steps and offsets as powers of two: results are subnormal, next to that, or far from it."""
