@@ -128,6 +128,7 @@ template <Mix kMix, int kCount, class T>
 struct Forward : Members<kMix, kCount, true, Weights::kMixture> {
   using Base = Members<kMix, kCount, true, Weights::kMixture>;
   static constexpr int kSums = 0;
+  static constexpr int kRows = 4;
   const T* x;
   Results<T> out;
 
@@ -400,6 +401,7 @@ struct Gradient : Backward<kMix, kCount, Ste::kIdentity, false, T> {
   using Base = Backward<kMix, kCount, Ste::kIdentity, false, T>;
   using Base::Base;
   static constexpr int kTotals = Base::kSize + 1;
+  static constexpr int kRows = std::is_same_v<T, Half> ? 6 : 4;
 
   QK_INLINED void weigh(const typename Base::Params& p, const Vec* sums, Vec* totals) const {
     if (Base::kOneRange) totals[Base::kSize] = multiply_add(sums[0], p.offset[0], totals[Base::kSize]);

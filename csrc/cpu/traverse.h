@@ -35,6 +35,8 @@
 // address whose low 12 bits are those of a store shortly before:
 //   auto read(int64_t i, Lanes)                    what operator() loads of elements [i, i + lanes)
 //   void write(int64_t i, Lanes, read, const Params&)               and the rest of it; kSums is 0
+// or say how many rows it takes side by side, where it does better than with rows_together():
+//   static constexpr int kRows
 // or ask for what it will read where that is far away, which an op of several tensors needs: the rows under way are more
 // streams than prefetchers follow:
 //   void prefetch(int64_t i) const                 elements [i, i + kLanes)
@@ -677,14 +679,15 @@ concept Prefetches = requires(const Op& op) { op.prefetch(0); };
 
 // Other tensors and results are streams of their own, and without accumulators there is less to share.
 template <class Op>
-inline constexpr int kRowsTogether = kReadsFirst<Op> || Prefetches<Op> ? 4
-                                     : Op::kSums > 0                   ? 6
-                                                                       : 2;
+constexpr int rows_together() {
+  if constexpr (requires { Op::kRows; }) return Op::kRows;
+  return kReadsFirst<Op> || Prefetches<Op> ? 4 : Op::kSums > 0 ? 6 : 2;
+}
 
 template <bool kAsks, class Op>
 inline void run_all_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
                          int64_t last_row, SumsOf<Op>& partial) {
-  constexpr int kRows = kRowsTogether<Op>;
+  constexpr int kRows = rows_together<Op>();
   while (row + kRows <= last_row) {
     const int64_t apart = odd(std::min(last_row - row, kAsks ? kAskedRows : last_row) / kRows);
     run_rows<kRows, kAsks>(layout, walk, table, op, row, apart, apart, partial);
@@ -775,7 +778,7 @@ template <class Op>
 inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t block,
                       bool asks, SumsOf<Op>& partial) {
   if constexpr (!requires { op.template prefetch_pair<Reach::kNear>(block); }) {
-    constexpr int kRows = kRowsTogether<Op>;
+    constexpr int kRows = rows_together<Op>();
     const int64_t apart = odd(layout.numel() / walk.period / kRows), begin = walk.begin_of(block, apart);
     if (apart >= kLeastSteps * walk.pieces && !(Prefetches<Op> && asks)) {
       run_rows<kRows, false>(layout, walk, table, op, begin, walk.begin_of(block + 1, apart) - begin, apart, partial);
