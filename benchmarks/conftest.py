@@ -73,10 +73,13 @@ class Session:
         facts = store.machine()
         path = self.folder / f"{store.machine_name(facts)}.json"
         before = store.read(path) if path.exists() else None
-        known = [w.name for w in workloads(self.quick)]
+        known = {w.name: w for w in workloads(self.quick)}
         run = store.run_facts(self.limits)
         entries = store.less_disturbed(before, run, self.entries) if self.again else self.entries
-        store.write(path, store.merge(before, facts, run, entries, known))
+        data = store.merge(before, facts, run, entries, known)
+        if self.again:
+            store.judge_by_highest_limits(data, run, known)
+        store.write(path, data)
         return path
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,8 @@ import pytest
 
 from benchmarks import limits, render, store
 from benchmarks.compare import MOST_IN_A_ROW, MOST_SETTLING, OURS, SLOW, Times, block, compare, settling
-from benchmarks.goals import Faster, OfPeak, PerCore, Within
-from benchmarks.workloads import unit_of, workloads
+from benchmarks.goals import Faster, OfPeak, PerCore, Within, figure
+from benchmarks.workloads import Workload, unit_of, workloads
 from quantkernels._lib import _host
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +155,33 @@ def test_of_two_runs_the_less_disturbed_is_kept() -> None:
     }
     assert store.less_disturbed(before, {"commit": "a"}, found).keys() == {"quicker", "other commit", "new"}
     assert store.less_disturbed(None, {"commit": "a"}, found) == found
+
+
+def test_a_limit_that_was_disturbed_flatters_nobody() -> None:
+    product = Workload("product", "matmul", (1,), dict, goals=[OfPeak(0.5)], operations=10**9, unit="int8")
+    known = {name: replace(product, name=name) for name in ("kept", "other commit", "new")}
+
+    def merged(before: dict[str, Any] | None, date: str, commit: str, names: list[str], gops: float) -> dict[str, Any]:
+        run = {"date": date, "commit": commit, "limits": {"int8_gops": gops}}
+        entries: dict[str, dict[str, Any]] = {name: {"seconds": {OURS: 0.003}} for name in names}
+        for name, entry in entries.items():
+            store.judge(entry, known[name], run["limits"])
+        data = store.merge(before, {}, run, entries, known)
+        store.judge_by_highest_limits(data, run, known)
+        return data
+
+    data = merged(None, "day 1", "a", ["kept"], 400)
+    assert data["results"]["kept"]["goals"] == [{"goal": "≥ 50 % of peak", "value": 83.33, "met": True}]
+    data = merged(data, "day 2", "b", ["other commit"], 300)
+    data = merged(data, "day 3", "a", ["new"], 1000)  # the first of its two runs was disturbed
+    data = merged(data, "day 4", "a", [], 500)  # and so is a third, of which nothing is kept
+    found = {name: (value["limit_seconds"], value["goals"][0]["met"]) for name, value in data["results"].items()}
+    assert found == {"kept": (0.001, False), "other commit": (figure(1 / 300), True), "new": (0.001, False)}
+    assert {label: run["limits"]["int8_gops"] for label, run in data["runs"].items()} == {
+        "day 1": 1000,
+        "day 2": 300,
+        "day 3": 1000,
+    }
 
 
 def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
