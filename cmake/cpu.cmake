@@ -1,11 +1,12 @@
 # The CPU library: the kernels of csrc/cpu once for each instruction set, behind the ops of csrc/ops.
-set(QK_CPU_FAMILIES stats fake_quantize attention learned_basis bitplanes matmul conv lowbit prepacked table)
+set(QK_CPU_ELEMENT_WISE stats fake_quantize attention learned_basis element_wise)
+set(QK_CPU_LOW_BIT bitplanes matmul conv lowbit prepacked low_bit)
 
 add_library(qk_warnings INTERFACE)
 target_compile_options(qk_warnings INTERFACE -Wall -Wextra -Wno-psabi)
 
-function(qk_add_isa isa)
-  list(TRANSFORM QK_CPU_FAMILIES PREPEND csrc/cpu/ OUTPUT_VARIABLE sources)
+function(qk_add_isa isa files)
+  list(TRANSFORM files PREPEND csrc/cpu/ OUTPUT_VARIABLE sources)
   list(TRANSFORM sources APPEND .cpp)
   add_library(qk_cpu_${isa} OBJECT ${sources})
   target_include_directories(qk_cpu_${isa} PRIVATE csrc)
@@ -16,16 +17,21 @@ function(qk_add_isa isa)
   target_link_libraries(qk_cpu_${isa} PRIVATE qk_warnings)
 endfunction()
 
-qk_add_isa(portable)
+set(QK_CPU_ALL ${QK_CPU_ELEMENT_WISE} ${QK_CPU_LOW_BIT})
+qk_add_isa(portable "${QK_CPU_ALL}")
 set(QK_CPU_ISAS portable)
 set(QK_CPU_OBJECTS $<TARGET_OBJECTS:qk_cpu_portable>)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  qk_add_isa(avx2 -mavx2 -mfma -mf16c -mpopcnt)
+  qk_add_isa(avx2 "${QK_CPU_ALL}" -mavx2 -mfma -mf16c -mpopcnt)
   # avx512bf16 is for one function (csrc/cpu/halves.h), called where the processor has it; the compiler has no use for it of its own.
-  qk_add_isa(avx512 -mavx2 -mfma -mf16c -mpopcnt -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mgfni -mavx512vnni -mavx512vpopcntdq
-             -mavx512bf16 -mprefer-vector-width=512)
-  set(QK_CPU_ISAS "portable, avx2, avx512")
-  list(APPEND QK_CPU_OBJECTS $<TARGET_OBJECTS:qk_cpu_avx2> $<TARGET_OBJECTS:qk_cpu_avx512>)
+  set(QK_AVX512 -mavx2 -mfma -mf16c -mpopcnt -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mgfni -mavx512vnni -mavx512vpopcntdq
+                -mavx512bf16 -mprefer-vector-width=512)
+  qk_add_isa(avx512 "${QK_CPU_ALL}" ${QK_AVX512})
+  qk_add_isa(zen4 "${QK_CPU_ELEMENT_WISE}" ${QK_AVX512} -DQK_HALVES_VECTORS)
+  set(QK_CPU_ISAS "portable, avx2, avx512, zen4")
+  foreach(isa avx2 avx512 zen4)
+    list(APPEND QK_CPU_OBJECTS $<TARGET_OBJECTS:qk_cpu_${isa}>)
+  endforeach()
 endif()
 
 add_library(qk_cpu_dispatch OBJECT csrc/cpu/dispatch.cpp csrc/cpu/isa.cpp csrc/cpu/blocks.cpp)

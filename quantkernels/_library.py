@@ -37,9 +37,9 @@ def build_info() -> dict[str, Any]:
     """What was built, and what of it runs here.
 
     Returns a dict of plain values: ``version``, ``torch`` (the one running), ``torch_target`` (the oldest one
-    served), ``compiler``, ``cpu_isa`` (``"avx512"``, ``"avx2"`` or ``"portable"``; the environment variable
-    QK_CPU_ISA asks for a lower one), ``cuda`` (state of the CUDA library in words), ``cuda_archs`` (its targets),
-    ``cuda_build`` (what the build decided), ``python`` and ``machine``.
+    served), ``compiler``, ``cpu_isa`` (``"avx512"``, ``"zen4"``, ``"avx2"`` or ``"portable"``; the
+    environment variable QK_CPU_ISA asks for another one), ``cuda`` (state of the CUDA library in words),
+    ``cuda_archs`` (its targets), ``cuda_build`` (what the build decided), ``python`` and ``machine``.
     """
     return {
         "version": _host.version,

@@ -200,7 +200,7 @@ def test_unreadable_results_are_named(tmp_path: Path, text: str) -> None:
         store.read(path)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512", "zen4", "avx2", "portable"])
 def test_limits_are_measured_with_each_instruction_set(isa: str) -> None:
     code = "from benchmarks import limits; print(min(limits.measure(threads=2, quick=True).values()))"
     environment = {**os.environ, "QK_CPU_ISA": isa}  # one that this processor lacks falls back to what it has

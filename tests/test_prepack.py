@@ -13,7 +13,7 @@ import quantkernels as qk
 from quantkernels.nn import PackedLayer
 from training.models import build_model
 
-ARRANGES = qk.build_info()["cpu_isa"] == "avx512"
+ARRANGES = qk.build_info()["cpu_isa"] in ("avx512", "zen4")
 arranges = pytest.mark.skipif(not ARRANGES, reason="needs AVX-512")
 
 

@@ -112,6 +112,11 @@ struct Members {
   int64_t count_;
 };
 
+// Rows that are walked side by side, of two tensors: with whole vectors memory is the limit, and prefetchers do best with
+// four streams of float32.
+template <class T>
+inline constexpr int kRowsOfTwo = kWholeVectors && std::is_same_v<T, float> ? 2 : 4;
+
 const float* grid_row(const AttentionArgs& args, int64_t k, int64_t c) {
   return args.grids + (k * args.layout.channels + c) * kGridColumns;
 }
@@ -128,7 +133,7 @@ template <Mix kMix, int kCount, class T>
 struct Forward : Members<kMix, kCount, true, Weights::kMixture> {
   using Base = Members<kMix, kCount, true, Weights::kMixture>;
   static constexpr int kSums = 0;
-  static constexpr int kRows = 4;
+  static constexpr int kRows = kRowsOfTwo<T>;
   const T* x;
   Results<T> out;
 
@@ -262,15 +267,16 @@ struct LookupForward : ForwardOf<Mix::kCovered, kCount, T> {
 
   // Of 64 elements, in an order that unpacking makes that of memory: each 128 bits hold eight of the first half and eight of
   // the second.
-  QK_INLINED __m512i finest_codes(const BFloat16* from, const Params& p) const {
+  QK_INLINED __m512i finest_codes(const T* from, const Params& p) const {
+    if constexpr (std::is_same_v<T, Half> && !kWholeVectors) return finest_codes_of_eights(from, p);
     const auto code = [&](Vec value) { return _mm512_cvtps_epi32(this->position(finest_, Base::shared(value, p), p).v); };
-    const auto half = [&](const BFloat16* at) {
+    const auto half = [&](const T* at) {
       const TwoVecs values = load_to_pack(at);
       return _mm512_packus_epi32(code(values.first), code(values.second));
     };
     return _mm512_packus_epi16(half(from), half(from + kLookup / 2));
   }
-  QK_INLINED __m512i finest_codes(const Half* from, const Params& p) const {
+  QK_INLINED __m512i finest_codes_of_eights(const Half* from, const Params& p) const {
     const Vec8 offset = part({p.offset[0], p.offset[0]}, 0), inverse = part({p.inverse[finest_], p.inverse[finest_]}, 0);
     const auto eight = [&](int n) { return _mm256_cvtps_epi32(((load_eight(from + 8 * n) - offset) * inverse).v); };
     const auto half = [&](int n) {
@@ -357,9 +363,10 @@ struct Backward : Members<kMix, kCount, kSte == Ste::kIdentity, kStores ? Weight
     }
   }
 
+  template <Reach kReach>
   void prefetch(int64_t i) const {
-    prefetch_vector(x + i);
-    prefetch_vector(grad + i);
+    prefetch_line<kReach>(x + i);
+    prefetch_line<kReach>(grad + i);
   }
 
   template <class Lanes>
@@ -401,7 +408,7 @@ struct Gradient : Backward<kMix, kCount, Ste::kIdentity, false, T> {
   using Base = Backward<kMix, kCount, Ste::kIdentity, false, T>;
   using Base::Base;
   static constexpr int kTotals = Base::kSize + 1;
-  static constexpr int kRows = std::is_same_v<T, Half> ? 6 : 4;
+  static constexpr int kRows = std::is_same_v<T, Half> && !kWholeVectors ? 6 : kRowsOfTwo<T>;
 
   QK_INLINED void weigh(const typename Base::Params& p, const Vec* sums, Vec* totals) const {
     if (Base::kOneRange) totals[Base::kSize] = multiply_add(sums[0], p.offset[0], totals[Base::kSize]);
@@ -419,7 +426,7 @@ struct GradientOfPairs : Gradient<kMix, kCount, T> {
   using Base = Gradient<kMix, kCount, T>;
   using Params = typename Base::Params;
   using Base::Base;
-  static constexpr bool kByHalves = std::is_same_v<T, Half>;
+  static constexpr bool kByHalves = std::is_same_v<T, Half> && !kWholeVectors;
   using Part = std::conditional_t<kByHalves, Vec8, Vec>;
   struct Pairs {
     Part sums[Base::kSums][kByHalves ? kEights : 2]{};

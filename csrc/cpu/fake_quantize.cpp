@@ -54,9 +54,10 @@ struct Backward {
     return grid_params(field);
   }
 
+  template <Reach kReach>
   void prefetch(int64_t i) const {
-    prefetch_vector(x + i);
-    prefetch_vector(grad + i);
+    prefetch_line<kReach>(x + i);
+    prefetch_line<kReach>(grad + i);
   }
 
   template <class Lanes>

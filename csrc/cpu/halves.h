@@ -60,7 +60,7 @@ inline __m512i interleaved(__m512i halves) {
   return _mm512_permutexvar_epi16(order, halves);
 }
 
-// `vcvtph2ps` to 16 elements takes units of two kinds on Zen processors, to 8 it takes one for half the time.
+// Where vectors come in halves, `vcvtph2ps` to 16 elements takes units of two kinds, to 8 it takes one for half the time.
 inline constexpr int kEights = 4;  // in two Vecs
 
 inline Vec8 load_eight(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
@@ -93,12 +93,9 @@ inline TwoSums lane_sums(Vec8 a, Vec8 b) {
 
 // Sums of |x| and of x^2, 32 elements at a time, in the lanes that widen() gives them.
 template <class T>
-class MagnitudeSums;
-
-template <>
-class MagnitudeSums<BFloat16> {
+class MagnitudeSums {
  public:
-  void add(__m512i bits, const BFloat16* p) {
+  void add(__m512i bits, const T* p) {
     const TwoVecs magnitude = widen(_mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)), p);
     // One sum on the units that add, one on those that multiply.
     magnitudes_ = {magnitudes_.first + magnitude.first, multiplier_add(magnitude.second, magnitudes_.second)};
@@ -115,8 +112,9 @@ class MagnitudeSums<BFloat16> {
   TwoVecs magnitudes_{splat(0.0f), splat(0.0f)}, squares_{splat(0.0f), splat(0.0f)};
 };
 
-template <>
-class MagnitudeSums<Half> {
+template <class T>
+  requires(std::is_same_v<T, Half> && !kWholeVectors)
+class MagnitudeSums<T> {
  public:
   void add(__m512i, const Half* p) {
     Vec8 values[kEights];

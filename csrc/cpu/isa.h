@@ -1,9 +1,10 @@
 #pragma once
-// Which instruction set's kernels run: the best this processor has, or a lower one named by QK_CPU_ISA.
+// Which instruction set's kernels run: the best this processor has, or another one named by QK_CPU_ISA.
 
 namespace qk::cpu {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+// kZen4 is kAvx512 on a processor that takes 512 bits in two halves, whose element-wise kernels have other limits.
+enum class Isa { kPortable, kAvx2, kZen4, kAvx512 };
 
 Isa chosen_isa();
 const char* name_of(Isa isa);

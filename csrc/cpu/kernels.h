@@ -6,7 +6,8 @@
 
 namespace qk::cpu {
 
-struct Kernels {
+// What walks a tensor by cpu/traverse.h.
+struct ElementWise {
   void (*channel_stats)(const StatsArgs&);
   void (*conditional_abs_mean)(const ConditionalMeanArgs&);
   void (*range_errors)(const RangeErrorsArgs&);
@@ -19,6 +20,10 @@ struct Kernels {
   void (*learned_basis_forward)(const LearnedBasisArgs&);
   void (*learned_basis_backward)(const LearnedBasisArgs&);
   void (*learned_basis_encode)(const LearnedEncodeArgs&);
+};
+
+// Codes, bit planes and products of them.
+struct LowBit {
   void (*encode)(const EncodeArgs&);
   void (*pack_bitplanes)(const PackArgs&);
   void (*unpack_bitplanes)(const UnpackArgs&);
@@ -28,6 +33,8 @@ struct Kernels {
   int64_t (*prepacked_bytes)(const LowbitArgs&);
   void (*prepack)(const LowbitArgs&, uint8_t* to);
 };
+
+struct Kernels : ElementWise, LowBit {};
 
 // Those of chosen_isa() (cpu/isa.h).
 const Kernels& kernels();

@@ -37,6 +37,9 @@ QK_INLINED inline TwoVecs load_to_pack(const BFloat16* p) {
   return {{_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, bits))},
           {_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, bits))}};
 }
+QK_INLINED inline TwoVecs load_to_pack(const Half* p) {
+  return widen(_mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), load_bits(p)), p);
+}
 
 // The elements of a half type next below those nearest to v, those nearest, and those next above.
 template <class T>

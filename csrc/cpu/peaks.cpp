@@ -270,7 +270,7 @@ const Loops& loops() {
   static const Loops with_avx512{
       {avx512::fp32, avx512::int8, avx512::popcount, avx512::lookup}, avx512::read, avx512::copy, avx512::copy_bypass};
   static const Loops with_avx2{{avx2::fp32, avx2::int8, avx2::popcount, avx2::lookup}, avx2::read, avx2::copy, avx2::copy};
-  if (chosen_isa() == Isa::kAvx512) return with_avx512;
+  if (chosen_isa() >= Isa::kZen4) return with_avx512;
   if (chosen_isa() == Isa::kAvx2) return with_avx2;
 #endif
   static const Loops plain{{portable::fp32, portable::int8, portable::popcount, portable::lookup},

@@ -58,6 +58,14 @@ inline Vec8 multiplier_subtract(Vec8 a, Vec8 b) { return {_mm256_fmsub_ps(a.v, _
 inline Vec8 round_to_even(Vec8 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 #endif
 
+// Whether vectors are of 512 bits and their operations not done in two halves each: then memory, not arithmetic, bounds what
+// walks a tensor.
+#if defined(__AVX512F__) && !defined(QK_HALVES_VECTORS)
+inline constexpr bool kWholeVectors = true;
+#else
+inline constexpr bool kWholeVectors = false;
+#endif
+
 #if defined(__AVX512F__)
 
 inline constexpr int kLanes = 16;

@@ -54,6 +54,7 @@ __attribute__((noinline)) void finish_many(const StatsArgs& args, int64_t channe
 template <class T>
 struct ChannelStats {
   static constexpr int kSums = 4;  // min, max, sum |x|, sum x^2
+  static constexpr int kRows = kWholeVectors ? 4 : 6;
   static constexpr Combine combine(int s) { return s == 0 ? Combine::kMin : s == 1 ? Combine::kMax : Combine::kSum; }
   const StatsArgs& args;
   const T* x = static_cast<const T*>(args.x);

@@ -39,7 +39,7 @@
 //   static constexpr int kRows
 // or ask for what it will read where that is far away, which an op of several tensors needs: the rows under way are more
 // streams than prefetchers follow:
-//   void prefetch(int64_t i) const                 elements [i, i + kLanes)
+//   template <Reach> void prefetch(int64_t i) const                 elements [i, i + kLanes)
 // Accumulators are reduced in an order that depends on the layout alone, never on the number of threads.
 
 #include <algorithm>
@@ -64,7 +64,8 @@ inline constexpr int64_t kShortRun = 4;          // this length is better off wi
 inline constexpr int64_t kPiece = 1 << 14;       // elements of float32 a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kShortRow = 256;        // columns: elements of a row that is repeated until it has as many
 inline constexpr int64_t kAskedRows = 28;        // columns: rows that are walked while as many are asked for
-inline constexpr int64_t kAskedBytes = 8 << 20;  // in tensors of this size
+inline constexpr int64_t kAskedBytes = 8 << 20;  // in tensors of this size,
+inline constexpr int64_t kAskedAhead = 4 << 10;  // or with whole vectors how far ahead in each row: where prefetchers stop
 inline constexpr int64_t kStripRows = 256;       // columns: rows whose accumulators stay in registers, for ops of pairs,
 inline constexpr int kRowsAhead = 8;             // how far ahead they are asked for,
 inline constexpr int kRowsFarAhead = 48;         // and how far for the second-level cache, which takes more requests at once
@@ -250,12 +251,6 @@ enum class Reach { kNear, kFar };
 template <Reach kReach, class T>
 QK_INLINED inline void prefetch_line(const T* p) {
   __builtin_prefetch(p, 0, kReach == Reach::kNear ? 3 : 2);
-}
-
-// Asks for a vector of elements to come as near as the second-level cache. They may lie past the end of the tensor.
-template <class T>
-QK_INLINED inline void prefetch_vector(const T* p) {
-  __builtin_prefetch(p, 0, 2);
 }
 
 enum class Combine { kSum, kMin, kMax };
@@ -626,13 +621,15 @@ inline int64_t odd(int64_t rows) { return rows - (rows % 2 == 0); }
 
 // `count` rows, and with each kRows - 1 more, `apart` from one another: a vector of them all shares one load of parameters
 // and of accumulators, and one store. Each row goes on to the one that follows it in memory, as prefetchers like it, so that
-// they are far apart. kAsks: the rows after the last of them are asked for in the order of memory.
+// they are far apart. kAsks: the rows after the last of them are asked for in the order of memory, or with whole vectors
+// each goes ahead of itself.
 template <int kRows, bool kAsks, class Op>
 inline void run_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row,
                      int64_t count, int64_t apart, SumsOf<Op>& partial) {
   const Op op = shared;  // as in run_piece
   SumsOf<Op> own = partial;
   const int64_t period = walk.period, whole = period / kLanes * kLanes, stride = apart * period;
+  [[maybe_unused]] constexpr int64_t kElement = sizeof(*op.x);
   int64_t ahead = (row + apart * kRows) * period;
   for (int64_t step = row; step < row + count; ++step) {
     const int64_t begin = step * period;
@@ -657,7 +654,8 @@ inline void run_rows(const Layout& layout, const Walk& walk, const ChannelTable&
       own.take(column, sums);
       if constexpr (kUnrollsRows<Op>) {
         unrolled<kRows>([&](int r) QK_INLINED {
-          if constexpr (kAsks) op.prefetch(ahead + r * kLanes);
+          if constexpr (kAsks && kWholeVectors) op.template prefetch<Reach::kNear>(at(r) + kAskedAhead / kElement);
+          if constexpr (kAsks && !kWholeVectors) op.template prefetch<Reach::kFar>(ahead + r * kLanes);
           op(at(r), Whole{}, params, sums);
         });
       } else {
@@ -675,7 +673,7 @@ inline void run_rows(const Layout& layout, const Walk& walk, const ChannelTable&
 
 // Whether an op reads several tensors, and says what it reads.
 template <class Op>
-concept Prefetches = requires(const Op& op) { op.prefetch(0); };
+concept Prefetches = requires(const Op& op) { op.template prefetch<Reach::kFar>(0); };
 
 // Other tensors and results are streams of their own, and without accumulators there is less to share.
 template <class Op>
@@ -689,12 +687,16 @@ inline void run_all_rows(const Layout& layout, const Walk& walk, const ChannelTa
                          int64_t last_row, SumsOf<Op>& partial) {
   constexpr int kRows = rows_together<Op>();
   while (row + kRows <= last_row) {
-    const int64_t apart = odd(std::min(last_row - row, kAsks ? kAskedRows : last_row) / kRows);
+    const int64_t apart = odd(std::min(last_row - row, kAsks && !kWholeVectors ? kAskedRows : last_row) / kRows);
     run_rows<kRows, kAsks>(layout, walk, table, op, row, apart, apart, partial);
     row += apart * kRows;
   }
   run_rows<1, false>(layout, walk, table, op, row, last_row - row, 0, partial);
 }
+
+// Whether an op is walked in strips: where vectors come in halves, what is kept in registers outweighs what prefetchers do.
+template <class Op>
+concept TakesStrips = !kWholeVectors && requires(const Op& op) { op.template prefetch_pair<Reach::kNear>(0); };
 
 // Parameters of two vectors of columns, in the order of TwoVecs.
 template <class Op>
@@ -761,7 +763,7 @@ template <class Op>
 inline void run_range(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t row,
                       int64_t last_row, bool asks, SumsOf<Op>& partial) {
   const int64_t whole_rows = layout.numel() / walk.period, end = std::min(last_row, whole_rows);
-  if constexpr (requires { op.template prefetch_pair<Reach::kNear>(row); }) {
+  if constexpr (TakesStrips<Op>) {
     (asks ? run_strips_of_pairs<true, Op> : run_strips_of_pairs<false, Op>)(layout, walk, table, op, row, end, partial);
   } else if constexpr (kUnrollsRows<Op> && Prefetches<Op>) {
     (asks ? run_all_rows<true, Op> : run_all_rows<false, Op>)(layout, walk, table, op, row, end, partial);
@@ -777,11 +779,14 @@ inline void run_range(const Layout& layout, const Walk& walk, const ChannelTable
 template <class Op>
 inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, int64_t block,
                       bool asks, SumsOf<Op>& partial) {
-  if constexpr (!requires { op.template prefetch_pair<Reach::kNear>(block); }) {
+  if constexpr (!TakesStrips<Op>) {
     constexpr int kRows = rows_together<Op>();
     const int64_t apart = odd(layout.numel() / walk.period / kRows), begin = walk.begin_of(block, apart);
-    if (apart >= kLeastSteps * walk.pieces && !(Prefetches<Op> && asks)) {
-      run_rows<kRows, false>(layout, walk, table, op, begin, walk.begin_of(block + 1, apart) - begin, apart, partial);
+    constexpr bool kAsksItself = kWholeVectors && kUnrollsRows<Op> && Prefetches<Op>;
+    if (apart >= kLeastSteps * walk.pieces && (kAsksItself || !(Prefetches<Op> && asks))) {
+      (asks && kAsksItself ? run_rows<kRows, kAsksItself, Op>
+                           : run_rows<kRows, false, Op>)(layout, walk, table, op, begin,
+                                                         walk.begin_of(block + 1, apart) - begin, apart, partial);
       if (block + 1 == walk.pieces) run_range(layout, walk, table, op, apart * kRows, walk.rows, false, partial);
       return;
     }

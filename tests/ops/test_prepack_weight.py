@@ -19,7 +19,7 @@ from quantkernels.ops import Kind
 from quantkernels.testing import LowbitProblem, assert_bit_equal
 
 pytestmark = pytest.mark.ops("prepack_weight")
-ARRANGES = build_info()["cpu_isa"] == "avx512"  # others have no use for it
+ARRANGES = build_info()["cpu_isa"] in ("avx512", "zen4")  # others have no use for it
 UNIFORM = [(Kind.UNIFORM, 2**bits - 1) for bits in range(1, 9)]
 CODED = [*UNIFORM, (Kind.BINARY, 1), (Kind.TERNARY, 2)]
 

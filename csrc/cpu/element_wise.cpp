@@ -1,19 +1,15 @@
-// This instruction set's kernels, for csrc/cpu/dispatch.cpp to choose from.
+// This instruction set's kernels that walk tensors, for csrc/cpu/dispatch.cpp to choose from.
 
 #include "cpu/attention.h"
-#include "cpu/bitplanes.h"
-#include "cpu/conv.h"
 #include "cpu/fake_quantize.h"
 #include "cpu/kernels.h"
 #include "cpu/learned_basis.h"
-#include "cpu/matmul.h"
-#include "cpu/prepacked.h"
 #include "cpu/stats.h"
 
 namespace qk::cpu::QK_CPU_ISA {
 
-extern const Kernels kKernels;
-const Kernels kKernels = {
+extern const ElementWise kElementWise;
+const ElementWise kElementWise = {
     .channel_stats = channel_stats,
     .conditional_abs_mean = conditional_abs_mean,
     .range_errors = range_errors,
@@ -26,14 +22,6 @@ const Kernels kKernels = {
     .learned_basis_forward = learned_basis_forward,
     .learned_basis_backward = learned_basis_backward,
     .learned_basis_encode = learned_basis_encode,
-    .encode = encode,
-    .pack_bitplanes = pack_bitplanes,
-    .unpack_bitplanes = unpack_bitplanes,
-    .quantize_pack = quantize_pack,
-    .lowbit_linear = lowbit_linear,
-    .lowbit_conv2d = lowbit_conv2d,
-    .prepacked_bytes = prepacked_bytes,
-    .prepack = prepack,
 };
 
 }  // namespace qk::cpu::QK_CPU_ISA
