@@ -112,11 +112,6 @@ struct Members {
   int64_t count_;
 };
 
-// Rows that are walked side by side, of two tensors: with whole vectors memory is the limit, and prefetchers do best with
-// four streams of float32.
-template <class T>
-inline constexpr int kRowsOfTwo = kWholeVectors && std::is_same_v<T, float> ? 2 : 4;
-
 const float* grid_row(const AttentionArgs& args, int64_t k, int64_t c) {
   return args.grids + (k * args.layout.channels + c) * kGridColumns;
 }
@@ -133,7 +128,8 @@ template <Mix kMix, int kCount, class T>
 struct Forward : Members<kMix, kCount, true, Weights::kMixture> {
   using Base = Members<kMix, kCount, true, Weights::kMixture>;
   static constexpr int kSums = 0;
-  static constexpr int kRows = kRowsOfTwo<T>;
+  // With whole vectors memory is the limit, and prefetchers do best with four streams of float32.
+  static constexpr int kRows = kWholeVectors && std::is_same_v<T, float> ? 2 : 4;
   const T* x;
   Results<T> out;
 
@@ -408,7 +404,20 @@ struct Gradient : Backward<kMix, kCount, Ste::kIdentity, false, T> {
   using Base = Backward<kMix, kCount, Ste::kIdentity, false, T>;
   using Base::Base;
   static constexpr int kTotals = Base::kSize + 1;
-  static constexpr int kRows = std::is_same_v<T, Half> && !kWholeVectors ? 6 : kRowsOfTwo<T>;
+  static constexpr int kRows = std::is_same_v<T, Half> && !kWholeVectors ? 6 : 4;
+
+  struct Elements {
+    Vec grad, x;
+  };
+  template <class Lanes>
+  Elements read(int64_t i, Lanes lanes) const
+    requires(kWholeVectors && std::is_same_v<T, float>)
+  {
+    return {load_first(this->grad + i, lanes), load_first(this->x + i, lanes)};
+  }
+  void add_up(Elements from, const typename Base::Params& p, Vec* sums) const {
+    this->accumulate(from.grad, from.x, p, sums);
+  }
 
   QK_INLINED void weigh(const typename Base::Params& p, const Vec* sums, Vec* totals) const {
     if (Base::kOneRange) totals[Base::kSize] = multiply_add(sums[0], p.offset[0], totals[Base::kSize]);

@@ -484,6 +484,15 @@ template <class T>
 inline Vec load(const T* p, First lanes) {
   return load(p, lanes.n);
 }
+// With whole vectors it stays before what is loaded or computed later, where a compiler would rather load late.
+template <class T, class Lanes>
+inline Vec load_first(const T* p, Lanes lanes) {
+  Vec v = load(p, lanes);
+#if defined(__AVX512F__)
+  if constexpr (kWholeVectors) asm volatile("" : "+v"(v.v));
+#endif
+  return v;
+}
 template <class T>
 inline void store(T* p, Vec a, Whole) {
   store(p, a);

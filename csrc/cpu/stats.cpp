@@ -76,12 +76,20 @@ struct ChannelStats {
   }
 
   template <class Lanes>
-  void operator()(int64_t i, Lanes lanes, NoParams, Vec* sums) const {
-    const Vec value = load(x + i, lanes);
+  Vec read(int64_t i, Lanes lanes) const
+    requires(kWholeVectors && std::is_same_v<T, float>)
+  {
+    return load_first(x + i, lanes);
+  }
+  void add_up(Vec value, NoParams, Vec* sums) const {
     sums[0] = min(sums[0], value);
     sums[1] = max(sums[1], value);
     sums[2] = multiplier_add(abs(value), sums[2]);
     sums[3] = multiply_add(value, value, sums[3]);
+  }
+  template <class Lanes>
+  void operator()(int64_t i, Lanes lanes, NoParams params, Vec* sums) const {
+    add_up(load(x + i, lanes), params, sums);
   }
 };
 

@@ -35,6 +35,9 @@
 // address whose low 12 bits are those of a store shortly before:
 //   auto read(int64_t i, Lanes)                    what operator() loads of elements [i, i + lanes)
 //   void write(int64_t i, Lanes, read, const Params&)               and the rest of it; kSums is 0
+// or, with accumulators, those of several rows and two vectors before it does more, so that many loads are under way at
+// once:
+//   void add_up(read, const Params&, Vec* sums)    the rest of operator()
 // or say how many rows it takes side by side, where it does better than with rows_together():
 //   static constexpr int kRows
 // or ask for what it will read where that is far away, which an op of several tensors needs: the rows under way are more
@@ -64,9 +67,8 @@ inline constexpr int64_t kShortRun = 4;          // this length is better off wi
 inline constexpr int64_t kPiece = 1 << 14;       // elements of float32 a task takes at a time: its tensors stay in L2
 inline constexpr int64_t kShortRow = 256;        // columns: elements of a row that is repeated until it has as many
 inline constexpr int64_t kAskedRows = 28;        // columns: rows that are walked while as many are asked for
-inline constexpr int64_t kAskedBytes = 8 << 20;  // in tensors of this size,
-inline constexpr int64_t kAskedAhead = 4 << 10;  // or with whole vectors how far ahead in each row: where prefetchers stop
-inline constexpr int64_t kStripRows = 256;       // columns: rows whose accumulators stay in registers, for ops of pairs,
+inline constexpr int64_t kAskedBytes = 8 << 20;  // in tensors of this size
+inline constexpr int64_t kStripRows = 256;       // strips: rows whose accumulators stay in registers, for ops of pairs,
 inline constexpr int kRowsAhead = 8;             // how far ahead they are asked for,
 inline constexpr int kRowsFarAhead = 48;         // and how far for the second-level cache, which takes more requests at once
 inline constexpr int64_t kUnsettledSteps = 16;   // of pairs, after which they are asked whether they are settled,
@@ -619,17 +621,33 @@ inline constexpr bool kReadsFirst = kUnrollsRows<Op> && requires(const Op& op) {
 // addresses that agree in their low 12 bits share eight lines of the first-level cache.
 inline int64_t odd(int64_t rows) { return rows - (rows % 2 == 0); }
 
+// Two vectors of columns, as lines come in pairs, of kRows rows `stride` elements from one another: first all loads.
+template <int kRows, class Op>
+QK_INLINED inline void run_two_vectors(const ChannelTable& table, const Op& op, int64_t first, int64_t stride,
+                                       int64_t column, SumsOf<Op>& partial) {
+  decltype(op.read(first, Whole{})) read[2][kRows];
+  unrolled<kRows>([&](int r) QK_INLINED {
+    unrolled<2>([&](int v) QK_INLINED { read[v][r] = op.read(first + r * stride + v * kLanes, Whole{}); });
+  });
+  unrolled<2>([&](int v) QK_INLINED {
+    const int64_t own = column + v * kLanes;
+    const auto params = op.params([&](int field) QK_INLINED { return table.of_columns(field, own); });
+    Vec sums[Op::kSums + 1];
+    partial.take(own, sums);
+    unrolled<kRows>([&](int r) QK_INLINED { op.add_up(read[v][r], params, sums); });
+    partial.give(op, own, params, sums);
+  });
+}
+
 // `count` rows, and with each kRows - 1 more, `apart` from one another: a vector of them all shares one load of parameters
 // and of accumulators, and one store. Each row goes on to the one that follows it in memory, as prefetchers like it, so that
-// they are far apart. kAsks: the rows after the last of them are asked for in the order of memory, or with whole vectors
-// each goes ahead of itself.
+// they are far apart. kAsks: the rows after the last of them are asked for in the order of memory.
 template <int kRows, bool kAsks, class Op>
 inline void run_rows(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& shared, int64_t row,
                      int64_t count, int64_t apart, SumsOf<Op>& partial) {
   const Op op = shared;  // as in run_piece
   SumsOf<Op> own = partial;
   const int64_t period = walk.period, whole = period / kLanes * kLanes, stride = apart * period;
-  [[maybe_unused]] constexpr int64_t kElement = sizeof(*op.x);
   int64_t ahead = (row + apart * kRows) * period;
   for (int64_t step = row; step < row + count; ++step) {
     const int64_t begin = step * period;
@@ -644,7 +662,13 @@ inline void run_rows(const Layout& layout, const Walk& walk, const ChannelTable&
           column += kLanes;
           continue;
         }
-      if constexpr (kReadsFirst<Op>) {
+      if constexpr (kReadsFirst<Op> && Op::kSums > 0) {
+        if (column + 2 * kLanes <= whole) {
+          run_two_vectors<kRows>(table, op, begin + column, stride, column, own);
+          column += kLanes;
+          continue;
+        }
+      } else if constexpr (kReadsFirst<Op>) {
         decltype(op.read(row, Whole{})) read[kRows];
         unrolled<kRows>([&](int r) QK_INLINED { read[r] = op.read(at(r), Whole{}); });
         unrolled<kRows>([&](int r) QK_INLINED { op.write(at(r), Whole{}, read[r], params); });
@@ -654,8 +678,7 @@ inline void run_rows(const Layout& layout, const Walk& walk, const ChannelTable&
       own.take(column, sums);
       if constexpr (kUnrollsRows<Op>) {
         unrolled<kRows>([&](int r) QK_INLINED {
-          if constexpr (kAsks && kWholeVectors) op.template prefetch<Reach::kNear>(at(r) + kAskedAhead / kElement);
-          if constexpr (kAsks && !kWholeVectors) op.template prefetch<Reach::kFar>(ahead + r * kLanes);
+          if constexpr (kAsks) op.template prefetch<Reach::kFar>(ahead + r * kLanes);
           op(at(r), Whole{}, params, sums);
         });
       } else {
@@ -687,7 +710,7 @@ inline void run_all_rows(const Layout& layout, const Walk& walk, const ChannelTa
                          int64_t last_row, SumsOf<Op>& partial) {
   constexpr int kRows = rows_together<Op>();
   while (row + kRows <= last_row) {
-    const int64_t apart = odd(std::min(last_row - row, kAsks && !kWholeVectors ? kAskedRows : last_row) / kRows);
+    const int64_t apart = odd(std::min(last_row - row, kAsks ? kAskedRows : last_row) / kRows);
     run_rows<kRows, kAsks>(layout, walk, table, op, row, apart, apart, partial);
     row += apart * kRows;
   }
@@ -782,11 +805,8 @@ inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable
   if constexpr (!TakesStrips<Op>) {
     constexpr int kRows = rows_together<Op>();
     const int64_t apart = odd(layout.numel() / walk.period / kRows), begin = walk.begin_of(block, apart);
-    constexpr bool kAsksItself = kWholeVectors && kUnrollsRows<Op> && Prefetches<Op>;
-    if (apart >= kLeastSteps * walk.pieces && (kAsksItself || !(Prefetches<Op> && asks))) {
-      (asks && kAsksItself ? run_rows<kRows, kAsksItself, Op>
-                           : run_rows<kRows, false, Op>)(layout, walk, table, op, begin,
-                                                         walk.begin_of(block + 1, apart) - begin, apart, partial);
+    if (apart >= kLeastSteps * walk.pieces && !(Prefetches<Op> && asks)) {
+      run_rows<kRows, false>(layout, walk, table, op, begin, walk.begin_of(block + 1, apart) - begin, apart, partial);
       if (block + 1 == walk.pieces) run_range(layout, walk, table, op, apart * kRows, walk.rows, false, partial);
       return;
     }
@@ -796,7 +816,7 @@ inline void run_block(const Layout& layout, const Walk& walk, const ChannelTable
 
 template <class Op>
 void traverse_columns(const Layout& layout, const Walk& walk, const ChannelTable& table, const Op& op, double* totals) {
-  const bool asks = layout.numel() * static_cast<int64_t>(sizeof(*op.x)) >= kAskedBytes;
+  const bool asks = !kWholeVectors && layout.numel() * static_cast<int64_t>(sizeof(*op.x)) >= kAskedBytes;
   if constexpr (Op::kSums == 0) {  // no partial sums, so rows may go to as many threads as there are
     parallel_for(walk.rows, std::max<int64_t>(1, kPiece / walk.period), [&](int64_t begin, int64_t end) {
       ColumnSums<Op> none(nullptr);
